@@ -1,5 +1,223 @@
-"""placeholder to be replaced"""
+"""Strict configuration: YAML file + dotted overrides -> nested dataclasses, or one clear line.
+
+Every module declares its own `XConfig` dataclass beside its code; `fastllm.run.RunConfig` composes
+them. This file knows none of them. A layer (a YAML file, a preset, the command line) is a nested
+dict; later layers win. Unknown keys, wrong types and impossible values raise `UserError`, naming the
+key, the value and the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+T = TypeVar("T")
+NONE_WORDS = {"none", "null", "~"}
 
 
 class UserError(Exception):
     """Bad input from the user: one line that says what is wrong, where, and what to do (exit code 2)."""
+
+
+class RunError(Exception):
+    """A run that failed through no fault of its input: one line, exit code 1."""
+
+
+def environment(name: str, default: str | None = None) -> str | None:
+    """The environment variable `name`: with dist/mesh, the only place that reads os.environ."""
+    return os.environ.get(name, default)
+
+
+def from_yaml(path: str | Path) -> dict[str, Any]:
+    """The nested dict in a YAML file. Raises UserError naming the file and, for bad YAML, the line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {_reason(error)}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    return normalise(data)
+
+
+def from_arguments(arguments: list[str]) -> dict[str, Any]:
+    """`['--train.lr', '1e-3', '--data.path', 'a', 'b', '--train.compile']` as a nested dict.
+
+    A flag takes every value up to the next flag: none means true, several make a list. Also
+    `--key=value`. Raises UserError for a value without a flag or a key given twice.
+    """
+    layer: dict[str, Any] = {}
+    i = 0
+    while i < len(arguments):
+        flag = arguments[i]
+        if not flag.startswith("--") or len(flag) < 3:
+            raise UserError(f"unexpected argument '{flag}': options are written --section.key value")
+        key, equals, value = flag[2:].partition("=")
+        values = [value] if equals else []
+        i += 1
+        while not equals and i < len(arguments) and not arguments[i].startswith("--"):
+            values.append(arguments[i])
+            i += 1
+        path = key.replace("-", "_").split(".")
+        node = layer
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--{key}: '{part}' was given a value and a section at once")
+        if path[-1] in node:
+            raise UserError(f"--{key} is given twice")
+        node[path[-1]] = True if not values else values[0] if len(values) == 1 else values
+    return layer
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts into one, later layers winning key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def build(cls: type[T], layer: dict[str, Any]) -> T:
+    """An instance of the dataclass `cls` from a nested dict, every key and value checked.
+
+    Raises UserError in one line that names the first offending key, its value and the mend.
+    A `validate()` method of `cls` runs last, for rules that join several keys.
+    """
+    shaped = _shape(cls, layer, ())
+    try:
+        config = pydantic.TypeAdapter(cls).validate_python(shaped)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_line(error)) from None
+    for value in [*vars(config).values(), config]:
+        validate = getattr(value, "validate", None)
+        if dataclasses.is_dataclass(value) and callable(validate):
+            try:
+                validate()
+            except ValueError as error:
+                raise UserError(str(error)) from None
+    return config
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain nested dicts and lists, ready for YAML or JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """What is in force, as YAML that `from_yaml` + `build` read back to an equal config."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a config dataclass, sections included."""
+    found = []
+    for name, kind in _fields(cls).items():
+        found.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            found += keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def flag(key: str) -> str:
+    """`train.batch_size` as people type it: `train.batch-size`."""
+    return key.replace("_", "-")
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """' (did you mean X?)' for the closest choice, or the empty string."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def normalise(node: Any) -> Any:
+    """Keys with underscores all the way down: YAML may write batch-size or batch_size."""
+    if isinstance(node, dict):
+        return {str(key).replace("-", "_"): normalise(value) for key, value in node.items()}
+    return node
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass; Annotated and `X | None` wrappers of sections removed."""
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        options = [arg for arg in typing.get_args(kind) if dataclasses.is_dataclass(arg)]
+        found[field.name] = options[0] if options else kind
+    return found
+
+
+def _shape(cls: type, layer: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The layer with unknown keys refused, and 'none' words and one-element lists put right."""
+    fields = _fields(cls)
+    shaped = {}
+    for key, value in layer.items():
+        here = (*path, key)
+        if key not in fields:
+            dotted = flag(".".join(here))
+            choices = [flag(".".join((*path, name))) for name in keys(cls)]
+            raise UserError(f"unknown key {dotted}{nearest(dotted, choices)}")
+        kind = fields[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise UserError(f"{flag('.'.join(here))} is a section: it takes keys, not "
+                                f"'{value}'")
+            shaped[key] = _shape(typing.cast(type, kind), value, here)
+        else:
+            shaped[key] = _value(kind, value)
+    return shaped
+
+
+def _value(kind: Any, value: Any) -> Any:
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union,
+                                                                   types.UnionType) else (kind,)
+    if isinstance(value, str) and value.lower() in NONE_WORDS and type(None) in options:
+        return None
+    takes_list = any(typing.get_origin(option) in (list, tuple) for option in options)
+    if takes_list and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return [value]
+    return value
+
+
+def _first_line(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    # Union members put their own type into the location; only names of fields are wanted.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    key = flag(".".join(path[:2] if len(path) > 2 else path))
+    value, message = first["input"], first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    expected = first.get("ctx", {}).get("expected", "")
+    hint = nearest(str(value), expected.replace("'", "").replace(" or ", ", ").split(", "))
+    message = message[0].lower() + message[1:]
+    return f"{key}: '{value}' is not possible: {message}{hint if expected else ''}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
