@@ -1,0 +1,277 @@
+"""The training loop: the only file that knows model, data, optimizer and checkpoints together.
+
+One step: take grad_accum micro-batches, sum their loss over tokens, divide by the trained tokens of
+the whole step, clip by the global norm, update. The host reads one pair of numbers (loss, norm) a
+step, after the update was queued. A non-finite norm leaves weights and optimizer state untouched.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastllm import checkpoint
+from fastllm.callbacks import Callback
+from fastllm.checkpoint import Checkpoint, CheckpointConfig
+from fastllm.config import RunError, UserError
+from fastllm.data.collate import Batch
+from fastllm.data.loader import Loader
+from fastllm.model import Decoder
+from fastllm.monitor import Monitor
+from fastllm.optim import AdamW, GradAccumulator, LossScaler, ScheduleConfig, lr_at
+
+# A run that skips this many steps in a row will not recover by itself.
+MAX_SKIPPED_IN_A_ROW = 25
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps. Give steps or epochs; with neither, one epoch."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training documents; may be a fraction."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Rows of seq_len tokens in a micro-batch."""
+    grad_accum: Annotated[int, Field(gt=0)] = 1
+    """Micro-batches in an optimizer step."""
+    seq_len: Annotated[int, Field(gt=1)] = 512
+    """Tokens in a row."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of weights, activations and gradients; masters and optimizer states are always fp32."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Of initialisation, data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    compile: bool = False
+    """torch.compile the model: faster steps after a slow first one."""
+    log_every: Annotated[int, Field(gt=0)] = 1
+    """Steps between two lines of the progress display (metrics.jsonl has every step)."""
+
+    def validate(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("train.steps and train.epochs are both set: give one of them")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    best_step: int | None = None
+    best_loss: float = math.inf
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Runs the steps of one training run.
+
+    loss: (model, batch) -> (sum of the loss over trained tokens, 0-d fp32; their number).
+    evaluate: model -> record with val_loss (nats a token) and val_bpb, or None to never evaluate.
+    peak_flops: of the device in the dtype of training, for MFU.
+    """
+
+    def __init__(self, *, model: Decoder, optimizer: AdamW, loader: Loader, total_steps: int,
+                 loss: Callable[[Any, Batch], tuple[Tensor, int]], train: TrainConfig,
+                 schedule: ScheduleConfig, checkpoints: CheckpointConfig, folder: Path,
+                 device: torch.device, callbacks: Sequence[Callback] = (),
+                 scaler: LossScaler | None = None,
+                 evaluate: Callable[[Any], dict[str, float]] | None = None, eval_every: int = 0,
+                 flops_per_token: float = 0.0, peak_flops: float = math.inf,
+                 identity: dict[str, Any] | None = None) -> None:
+        self.model, self.optimizer, self.loader = model, optimizer, loader
+        self.total_steps, self.loss, self.train = total_steps, loss, train
+        self.schedule, self.checkpoints, self.folder = schedule, checkpoints, folder
+        self.device, self.callbacks = device, list(callbacks)
+        self.scaler = scaler
+        self._evaluate, self.eval_every = evaluate, eval_every
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.identity = identity or {}
+        self.forward = torch.compile(model) if train.compile else model
+        self.accumulator = GradAccumulator(optimizer.parameters(), train.grad_accum)
+        self.monitor = Monitor(device)
+        self.progress = Progress()
+        self.stopped_by: str | None = None
+        self._batches: Iterator[Batch] = iter(())
+        self._skipped_in_a_row = 0
+
+    def run(self) -> None:
+        """Train to `total_steps`, or until SIGTERM or SIGINT; saves a checkpoint either way."""
+        self._batches = iter(self.loader)
+        saved = self.progress.step
+        self.model.train()
+        with stop_signals() as stopped:
+            while self.progress.step < self.total_steps:
+                self._tell("on_step", self.step())
+                step, last = self.progress.step, self.progress.step == self.total_steps
+                if self._evaluate and self.eval_every and (step % self.eval_every == 0 or last) \
+                        and self.evaluate() and self.checkpoints.best:
+                    saved = self.save(saved)
+                self.stopped_by = stopped()
+                if step % self.checkpoints.every == 0 or last or self.stopped_by:
+                    saved = self.save(saved)
+                if self.stopped_by:
+                    self._tell("on_message", f"stopped by {self.stopped_by} after step {step}; "
+                                             "continue with --resume")
+                    break
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; returns its line of metrics.jsonl.
+
+        Raises RunError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
+        """
+        start = time.perf_counter()
+        batches = [next(self._batches) for _ in range(self.train.grad_accum)]
+        tokens = sum(batch.num_tokens for batch in batches)
+        scale = self.scaler.scale if self.scaler else 1.0
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device, non_blocking=True)
+            loss, _ = self.loss(self.forward, batch)
+            (loss * (scale / max(tokens, 1))).backward()
+            self.accumulator.collect()
+            loss_sum += loss.detach()
+        lr = lr_at(self.progress.step, self.total_steps, self.optimizer.config.lr, self.schedule)
+        norm = self.optimizer.step(lr, self.accumulator.gradients(), unscale=1.0 / scale)
+        self.accumulator.zero()
+        loss_value, norm_value = torch.stack([loss_sum, norm]).tolist()  # the one host sync
+        finite = math.isfinite(norm_value)
+        self._count(tokens, finite)
+        seconds = time.perf_counter() - start
+        self.progress.seconds += seconds
+        rate = tokens / seconds
+        record = {
+            "step": self.progress.step, "tokens": self.progress.tokens,
+            "loss": loss_value / max(tokens, 1), "lr": lr, "grad_norm": norm_value,
+            "tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak_flops,
+            "memory_bytes": self.monitor.memory_bytes(), "seconds": seconds,
+        }
+        return record if finite else {**record, "skipped": True}
+
+    def evaluate(self) -> bool:
+        """Evaluate on the held-out documents; True if this is the lowest loss so far."""
+        assert self._evaluate is not None
+        self.model.eval()
+        result = self._evaluate(self.model)
+        self.model.train()
+        self._tell("on_eval", {"step": self.progress.step, **result})
+        better = result["val_loss"] < self.progress.best_loss
+        if better:
+            self.progress.best_loss, self.progress.best_step = result["val_loss"], self.progress.step
+        return better
+
+    def save(self, saved: int) -> int:
+        """Checkpoint this step unless it was the last one saved; returns the step now on disk."""
+        step = self.progress.step
+        if saved == step:
+            return step
+        tensors, counters = self.optimizer.state_dict()
+        parts = {"model": dict(self.model.named_parameters()), "optimizer": tensors,
+                 "rng": rng_state(self.device)}
+        state = {"progress": vars(self.progress), "data": self.loader.state_dict(),
+                 "optimizer": counters, "identity": self.identity,
+                 "scaler": self.scaler.state_dict() if self.scaler else None}
+        path = checkpoint.save(self.folder, step, parts, state)
+        checkpoint.retain(self.folder, self.checkpoints.keep, self.progress.best_step)
+        self._tell("on_checkpoint", path, step)
+        return step
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint: from here on every bit is as if nothing had stopped.
+
+        Raises UserError naming the first thing (model, data, tokenizer) that is not the run's own.
+        """
+        _same_run(self.identity, saved.state["identity"], saved.path)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in saved.parts["model"].items():
+                parameters[name].copy_(tensor)
+        self.optimizer.load_state_dict(saved.parts["optimizer"], saved.state["optimizer"])
+        if self.scaler and saved.state["scaler"]:
+            self.scaler.load_state_dict(saved.state["scaler"])
+        self.loader.load_state_dict(saved.state["data"])
+        self.progress = Progress(**saved.state["progress"])
+        set_rng_state(saved.parts["rng"], self.device)
+        tensors, _ = self.optimizer.state_dict()
+        parts = {"model": parameters, "optimizer": tensors, "rng": rng_state(self.device)}
+        if checkpoint.digest(parts) != saved.state["state_hash"]:
+            raise RunError(f"{saved.path}: the state in memory differs from the saved one after "
+                           "loading; this is a defect of the program or the machine")
+
+    def _count(self, tokens: int, finite: bool) -> None:
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.optimizer.applied(finite)
+        if self.scaler:
+            self.scaler.update(finite)
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        self.progress.skipped += not finite
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise RunError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite gradient (last: "
+                           f"step {self.progress.step}); no weight was changed by them: lower "
+                           "--optim.lr or look at the data, then --resume")
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators that a step may draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Undo of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
+    """Refuse to resume with another model or other data, naming the first key that differs."""
+    for section in ours:
+        mine, saved = ours[section], theirs.get(section)
+        if mine == saved:
+            continue
+        if isinstance(mine, dict) and isinstance(saved, dict):
+            key = next(k for k in mine if mine[k] != saved.get(k))
+            detail = f"{section}.{key} is {mine[key]} here and {saved.get(key)} in the checkpoint"
+        else:
+            detail = f"{section} is {mine} here and {saved} in the checkpoint"
+        raise UserError(f"cannot resume {path} with another {section}: {detail}; give the run's "
+                        "own settings, or another --out")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], str | None]]:
+    """Within: SIGTERM and SIGINT ask to stop after the step; the second one ends the process.
+
+    Yields a function that returns the name of the signal received, or None.
+    """
+    received: list[str] = []
+
+    def ask(number: int, _: Any) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
