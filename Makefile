@@ -1,0 +1,48 @@
+# The words that CI, the README and people use. Needs Python 3.11+ and, for the C++ extension, g++.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Tests share two cores between processes: one thread each, or they would fight over them.
+TEST   := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+.PHONY: demo test battery lint type bench gpu clean
+
+demo: $(STAMP)
+	$(BIN)/fastllm-train demo
+
+test: $(STAMP)
+	$(TEST) -m "not battery"
+
+# Long fault and fuzz runs: kill -9 and resume, damaged checkpoints, hostile data.
+battery: $(STAMP)
+	$(TEST) -m battery
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+type: $(STAMP)
+	$(BIN)/mypy fastllm
+	$(BIN)/mypy kernels
+
+# CPU benchmarks, interleaved with their peers; JSON into bench/results/cpu-2core.
+bench: $(STAMP)
+	$(BIN)/python bench/optim.py
+	$(BIN)/python bench/train.py
+	$(BIN)/python bench/readme.py
+
+# Every kernel on this GPU beside its peers; JSON into bench/results/<device>.
+gpu: $(STAMP)
+	$(BIN)/pytest tests/kernels
+	$(BIN)/python bench/kernels.py
+
+# Installed once, and again when a dependency, the packaging or the C++ changed.
+$(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel ninja pybind11 numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[hf,data,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastllm/_C*.so
