@@ -99,9 +99,10 @@ FASTLLM_INLINE float from_float<float>(float x) {
 template <>
 FASTLLM_INLINE bf16 from_float<bf16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  // One select in 32 bits and then one narrowing: half the shuffles of selecting in 16 bits.
+  const uint32_t rounded = nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {static_cast<uint16_t>(rounded >> 16)};
 }
 
 // To nearest, ties to even; from 65520 on to infinity; a NaN stays a quiet NaN.
