@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt
 # Tests share two cores between processes: one thread each, or they would fight over them.
 TEST   := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
@@ -39,9 +40,11 @@ gpu: $(STAMP)
 # Installed once, and again when a dependency, the packaging or the C++ changed.
 $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel ninja pybind11 numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[hf,data,dev]"
+	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) torch setuptools wheel ninja pybind11 numpy
+	# A CUDA build of torch brings the triton that it was built with; beside a CPU build goes ours.
+	$(BIN)/pip freeze | grep -q '^triton==' || $(BIN)/pip install --quiet $$(grep '^triton' constraints.txt)
+	$(PIP) --no-build-isolation --editable ".[hf,data,dev]"
 	touch $(STAMP)
 
 clean:

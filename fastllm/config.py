@@ -105,7 +105,7 @@ def build(cls: type[T], layer: dict[str, Any]) -> T:
     try:
         config = pydantic.TypeAdapter(cls).validate_python(shaped)
     except pydantic.ValidationError as error:
-        raise UserError(_first_line(error)) from None
+        raise UserError(_first_line(cls, error)) from None
     for value in [*vars(config).values(), config]:
         validate = getattr(value, "validate", None)
         if dataclasses.is_dataclass(value) and callable(validate):
@@ -171,6 +171,10 @@ def _shape(cls: type, layer: dict[str, Any], path: tuple[str, ...]) -> dict[str,
     shaped = {}
     for key, value in layer.items():
         here = (*path, key)
+        positive = key.removeprefix("no_")
+        if key not in fields and fields.get(positive) is bool and value is True:
+            shaped[positive] = False  # --model.no-qk-norm
+            continue
         if key not in fields:
             dotted = flag(".".join(here))
             choices = [flag(".".join((*path, name))) for name in keys(cls)]
@@ -197,11 +201,15 @@ def _value(kind: Any, value: Any) -> Any:
     return value
 
 
-def _first_line(error: pydantic.ValidationError) -> str:
+def _first_line(cls: type, error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
-    # Union members put their own type into the location; only names of fields are wanted.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    key = flag(".".join(path[:2] if len(path) > 2 else path))
+    # The location also holds the types of union members; only the names of fields are wanted.
+    path, kind = [], cls
+    for part in first["loc"]:
+        if dataclasses.is_dataclass(kind) and part in _fields(kind):
+            path.append(str(part))
+            kind = _fields(kind)[str(part)]
+    key = flag(".".join(path))
     value, message = first["input"], first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{key} is missing: give it a value"

@@ -1,0 +1,41 @@
+"""Held-out loss in nats a token and in bits per byte, beside what a general compressor needs."""
+
+import lzma
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.config import UserError
+from fastllm.data.collate import Batch
+
+
+def evaluate(model: Any, batches: Iterable[Batch], num_bytes: int, *, device: torch.device,
+             loss: Callable[[Any, Batch], tuple[Tensor, int]]) -> dict[str, float]:
+    """Loss of `model` over every label of `batches`.
+
+    num_bytes: UTF-8 bytes of the documents' text, the denominator of bits per byte; the loss of the
+    end-of-document tokens counts in the numerator, as a compressor must also say where a text ends.
+    Returns val_loss (nats a token), val_bpb (bits a byte), val_tokens. Raises UserError if nothing
+    is there to evaluate.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    with torch.no_grad():
+        for batch in batches:
+            value, count = loss(model, batch.to(device))
+            total += value.double().cpu()
+            tokens += count
+    if not tokens or not num_bytes:
+        raise UserError("no held-out documents to evaluate on: raise --data.holdout, or give more data")
+    nats = float(total)
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / num_bytes,
+            "val_tokens": tokens}
+
+
+def xz_bits_per_byte(documents: Iterable[bytes]) -> float:
+    """Bits per byte of `xz -9` on the documents one after another: what no language model needs."""
+    text = b"".join(documents)
+    return 8 * len(lzma.compress(text, format=lzma.FORMAT_XZ, preset=9)) / max(len(text), 1)
