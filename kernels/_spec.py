@@ -1,0 +1,114 @@
+"""What a kernel tells its tools, and the registry that finds every kernel of this folder.
+
+Tests, benchmarks and audits read only this: none of them knows an op by name, so a new kernel is
+one new file that ends in `KERNEL = Kernel(...)`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+Shape = tuple[int, ...]
+Direction = Literal["forward", "backward"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call; tensors that a gradient is due for have requires_grad set."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs)))
+                if isinstance(leaf, Tensor)]
+
+    def differentiated(self) -> list[Tensor]:
+        return [tensor for tensor in self.tensors() if tensor.requires_grad]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """The same call with every tensor changed; requires_grad is carried over."""
+
+        def apply(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            changed = change(leaf.detach())
+            return changed.requires_grad_() if leaf.requires_grad else changed
+
+        args, kwargs = tree_map(apply, (self.args, dict(self.kwargs)))
+        return Call(args, kwargs)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One op: what computes it, what is right, what to try it on, and the least it could cost."""
+
+    name: str
+    """The module's name."""
+    public: Callable[..., Any]
+    """The Triton-backed public function; `fastllm.ops` has one of the same name and signature."""
+    reference: Callable[..., Any]
+    """The same in plain PyTorch: float32 inside (float64 for float64 arguments)."""
+    inputs: Callable[..., Call]
+    """inputs(shape, dtype, device, generator, **options) -> Call; options are a variant's."""
+    test_shapes: tuple[Shape, ...]
+    """Small shapes: each non-empty, odd and single-element ones among them."""
+    bench_shapes: tuple[Shape, ...]
+    """Shapes of real models."""
+    axes: tuple[str, ...]
+    """What each number of a shape means."""
+    floor_bytes: Callable[[Shape, torch.dtype, Direction], int]
+    """The fewest bytes that the direction must move between memory and the chip."""
+    floor_flops: Callable[[Shape, torch.dtype, Direction], int]
+    """The fewest floating-point operations of the direction."""
+    audit_shapes: tuple[Shape, ...] = ()
+    """Real widths with few rows: cheap to build, and they select the configurations that ship."""
+    empty_shapes: tuple[Shape, ...] = ()
+    """Shapes with a zero in them that the op takes."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of `inputs` worth testing, by a readable name; the plain call is always tested."""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    """Types that `inputs` makes."""
+    mutates: bool = False
+    """Whether the call's tensors, rather than a return value, carry the result."""
+    overflow_shape: Shape | None = None
+    """A shape whose matrices have two rows: tests lay those more than 2^31 elements apart."""
+    composition: bool = False
+    """Whether the op is made of other kernels and matrix products, without a launch of its own."""
+
+    def results(self, function: Callable[..., Any], call: Call) -> list[Tensor]:
+        """Run `function` on the call; the tensors that carry the result, in a fixed order."""
+        returned = function(*call.args, **call.kwargs)
+        if self.mutates:
+            return call.tensors()
+        return [leaf for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)]
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Every kernel of this folder, by name: each module without a leading underscore is imported."""
+    package = __name__.rpartition(".")[0]
+    names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)])
+                   if not found.name.startswith("_"))
+    modules = (importlib.import_module(f"{package}.{name}") for name in names)
+    return tuple(module.KERNEL for module in modules if hasattr(module, "KERNEL"))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type a reference computes in: float64 where an argument is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def normal(shape: Shape, dtype: torch.dtype, device: Any, generator: torch.Generator | None, *,
+           grad: bool = True, scale: float = 1.0) -> Tensor:
+    """Normal numbers drawn in float32 and rounded to `dtype`, so that every type sees the same."""
+    drawn = torch.randn(shape, generator=generator, device=device) * scale
+    return drawn.to(dtype).requires_grad_(grad)
