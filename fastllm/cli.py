@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastllm import config, run
+from fastllm import commands, config, run
 from fastllm.config import RunError, UserError, nearest
 from fastllm.presets import PRESETS, preset
 
@@ -37,19 +37,19 @@ VERBS: dict[str, Verb] = {
     "pretrain": Verb("train a model on text: --data.path FILES --out DIR", run.RunConfig,
                      run.pretrain),
     "tokenizer train": Verb("train a byte-level BPE tokenizer: --data.path FILES --out FILE",
-                            run.TokenizerRun, run.train_tokenizer),
-    "data prepare": Verb("tokenise text once into memory-mapped files", run.DataRun,
-                         run.data_prepare),
-    "data stats": Verb("documents, tokens, lengths, packing efficiency", run.DataRun, run.data_stats),
-    "data preview": Verb("show packed rows as the model sees them", run.DataRun, run.data_preview),
-    "eval": Verb("loss and bits per byte of MODEL on text: --data.path FILES", run.EvalRun,
-                 run.evaluate_model, model=True),
-    "generate": Verb("continue a prompt: --prompt TEXT", run.GenerateRun, run.generate_from_model,
+                            commands.TokenizerRun, commands.train_tokenizer),
+    "data prepare": Verb("tokenise text once into memory-mapped files", commands.DataRun,
+                         commands.data_prepare),
+    "data stats": Verb("documents, tokens, lengths, packing efficiency", commands.DataRun, commands.data_stats),
+    "data preview": Verb("show packed rows as the model sees them", commands.DataRun, commands.data_preview),
+    "eval": Verb("loss and bits per byte of MODEL on text: --data.path FILES", commands.EvalRun,
+                 commands.evaluate_model, model=True),
+    "generate": Verb("continue a prompt: --prompt TEXT", commands.GenerateRun, commands.generate_from_model,
                      model=True),
-    "export": Verb("write MODEL in Hugging Face layout: --out DIR", run.ExportRun, run.export_model,
+    "export": Verb("write MODEL in Hugging Face layout: --out DIR", commands.ExportRun, commands.export_model,
                    model=True),
-    "info": Verb("this machine, versions, and which backend each op gets and why", run.InfoRun,
-                 run.info),
+    "info": Verb("this machine, versions, and which backend each op gets and why", commands.InfoRun,
+                 commands.info),
 }
 
 
@@ -100,10 +100,9 @@ def _configure(verb: Verb, arguments: list[str]) -> Any:
     given = config.from_arguments(arguments)
     file, name = given.pop("config", None), given.pop("preset", verb.preset)
     layers = [preset(str(name))] if name else []
-    layers += [run.stored_config(given)] if verb.config is run.RunConfig else []
     layers += [config.from_yaml(str(file))] if file else []
-    settings = config.build(verb.config, config.merge(*layers, given))
-    return settings
+    layer = config.merge(*layers, given)
+    return config.build(verb.config, run.complete(layer) if verb.config is run.RunConfig else layer)
 
 
 def _overview() -> str:

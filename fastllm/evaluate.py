@@ -3,13 +3,28 @@
 import lzma
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastllm.config import UserError
 from fastllm.data.collate import Batch
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    every: Annotated[int, Field(ge=0)] = 200
+    """Optimizer steps between two evaluations on the held-out documents; the last step always has
+    one. 0: never (nothing is evaluated at all)."""
+    batch_size: Annotated[int, Field(gt=0)] | None = None
+    """Rows in a batch of the evaluation; none: train.batch_size."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the finished model continues; empty: the beginnings of three held-out documents."""
+    new_tokens: Annotated[int, Field(ge=0)] = 60
+    """Tokens of each continuation; 0: none are made."""
 
 
 def evaluate(model: Any, batches: Iterable[Batch], num_bytes: int, *, device: torch.device,

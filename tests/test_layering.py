@@ -17,7 +17,7 @@ LAYERS = [
     {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export", "quantize", "monitor",
      "callbacks", "report", "plan", "doctor", "patch"},
     {"run", "trainer"},
-    {"presets", "cli", "__main__", "demo"},
+    {"presets", "commands", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 USES_KERNELS = {"ops", "cpu", "optim", "nn"}

@@ -1,0 +1,330 @@
+"""One training run from its configuration: what `pretrain` and `demo` do, in order.
+
+    settings -> data and tokenizer -> model, optimizer, loader -> trainer -> evaluation, samples,
+    summary, report, model/
+
+Everything is written under the run's folder; `--resume` finds it there.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllm import checkpoint, config, data, ops
+from fastllm.callbacks import JsonlWriter, ProgressBar
+from fastllm.checkpoint import CheckpointConfig
+from fastllm.config import UserError
+from fastllm.data import DataConfig, EvalSet, Loader, Prepared, Tokenizer, TokenizerConfig
+from fastllm.evaluate import EvalConfig, evaluate, xz_bits_per_byte
+from fastllm.export import export
+from fastllm.generate import GenerateConfig, generate_text
+from fastllm.model import Decoder, ModelConfig, flops_per_token, num_parameters
+from fastllm.monitor import dtype_name, environment, peak_flops, pick_dtype
+from fastllm.objectives import pretrain as objective
+from fastllm.objectives.pretrain import PretrainConfig
+from fastllm.optim import AdamW, LossScaler, OptimConfig, ScheduleConfig, describe
+from fastllm.report import write_report
+from fastllm.trainer import TrainConfig, Trainer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Fields of the model that may change between an interruption and a resume: weights fit either way.
+NOT_IDENTITY = ("recompute", "dropout", "init", "init_std", "scaled_residual_init")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Settings of `pretrain` and `demo`, one section a module."""
+
+    out: str | None = None
+    """The run's folder; none: runs/ and the date and time."""
+    resume: bool = False
+    """Continue the run in --out from its newest good checkpoint (or begin it if it has none)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: PretrainConfig = field(default_factory=PretrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> None:
+        longest = self.model.max_position_embeddings
+        if self.train.seq_len > longest:
+            raise ValueError(f"train.seq-len {self.train.seq_len} is longer than the model's "
+                             f"model.max-position-embeddings {longest}: lower the one or raise "
+                             "the other")
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out DIR: the folder of the run to continue")
+
+
+def complete(layer: dict[str, Any]) -> dict[str, Any]:
+    """The layer with what follows from it: model and tokenizer share a vocabulary size unless told
+    otherwise, and a resumed run takes its own stored settings beneath the given ones."""
+    if layer.get("resume") and isinstance(layer.get("out"), str):
+        stored = Path(layer["out"]) / "config.yaml"
+        if stored.is_file():
+            return config.merge(config.from_yaml(stored), layer)
+    model, tokenizer = layer.get("model"), layer.get("tokenizer")
+    rows = model.get("vocab_size") if isinstance(model, dict) else None
+    tokens = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
+    if rows is None and tokens is not None:
+        return config.merge({"model": {"vocab_size": tokens}}, layer)
+    if tokens is None:
+        size = rows if rows is not None else ModelConfig().vocab_size
+        return config.merge({"tokenizer": {"vocab_size": size}}, layer)
+    return layer
+
+
+def pretrain(settings: RunConfig) -> dict[str, Any]:
+    """Train a model; returns the summary that the run's summary.json holds."""
+    folder = Path(settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    saved = _open_folder(folder, settings.resume)
+    device = pick_device(settings.train.device)
+    dtype, why = training_dtype(settings.train.dtype, device)
+    own = folder / "tokenizer.json"
+    tokenizer = data.load_tokenizer(own) if settings.resume and own.is_file() else None
+    prepared = prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
+                            vocab_size=settings.model.vocab_size)
+    tokenizer = prepared.tokenizer
+    if settings.tokenizer.path is None:
+        # A small text supports fewer tokens than asked for: rows that no token uses are not made.
+        settings.model.vocab_size = min(settings.model.vocab_size, tokenizer.vocab_size)
+    run = _Run(settings, folder, device, dtype, prepared)
+    print(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} ({why}), "
+          f"{run.total_steps:,} steps of {run.rows_a_step * settings.train.seq_len:,} tokens on "
+          f"{device.type}")
+    print(describe(run.trainer.optimizer.groups))
+    for line in prepared.summary():
+        print(line)
+    return run.go(saved)
+
+
+class _Run:
+    """The parts of one run, joined."""
+
+    def __init__(self, settings: RunConfig, folder: Path, device: torch.device,
+                 dtype: torch.dtype, prepared: Prepared) -> None:
+        self.settings, self.folder, self.device, self.prepared = settings, folder, device, prepared
+        train = settings.train
+        torch.manual_seed(train.seed)
+        model = Decoder(settings.model, generator=torch.Generator().manual_seed(train.seed))
+        self.model = model.to(device=device, dtype=dtype)
+        self.loader = Loader(prepared, batch_size=train.batch_size, seq_len=train.seq_len,
+                             seed=train.seed, num_workers=settings.data.num_workers,
+                             pin_memory=device.type == "cuda")
+        self.rows_a_step = train.batch_size * train.grad_accum
+        self.total_steps = train.steps or max(
+            1, math.ceil(self.loader.rows_per_epoch * (train.epochs or 1) / self.rows_a_step))
+        self.held = EvalSet(prepared, train.seq_len, settings.eval.batch_size or train.batch_size)
+        evaluates = settings.eval.every > 0 and len(self.held) > 0
+        if settings.eval.every > 0 and not evaluates:
+            print("nothing is held out (data.holdout is 0 or there is one document): no evaluation")
+        self.trainer = Trainer(
+            model=self.model, optimizer=AdamW(self.model.named_parameters(), settings.optim,
+                                              seed=train.seed),
+            loader=self.loader, total_steps=self.total_steps,
+            loss=partial(objective.loss, config=settings.loss), train=train,
+            schedule=settings.schedule, checkpoints=settings.checkpoint,
+            folder=folder / "checkpoints", device=device,
+            scaler=LossScaler() if dtype == torch.float16 else None,
+            evaluate=self.evaluate if evaluates else None, eval_every=settings.eval.every,
+            flops_per_token=flops_per_token(settings.model, train.seq_len),
+            peak_flops=peak_flops(device, dtype)[0],
+            identity=self.identity(dtype))
+
+    def identity(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        model = {key: value for key, value in asdict(self.settings.model).items()
+                 if key not in NOT_IDENTITY}
+        rows = {"fingerprint": self.prepared.fingerprint, "seq_len": self.settings.train.seq_len,
+                "seed": self.settings.train.seed, "pack": self.settings.data.pack}
+        return {"model": model, "data": rows, "dtype": dtype_name(dtype),
+                "tokenizer": self.prepared.tokenizer.fingerprint}
+
+    def evaluate(self, model: Decoder) -> dict[str, float]:
+        return evaluate(model, self.held, self.held.num_bytes, device=self.device,
+                        loss=objective.loss)
+
+    def go(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
+        """Train to the end or to a signal; write everything that a run folder holds."""
+        trainer = self.trainer
+        if saved:
+            trainer.restore(saved)
+            print(f"resuming {saved.path} at step {saved.step}")
+        self.write_inputs()
+        writer = JsonlWriter(self.folder / "metrics.jsonl",
+                             resume_step=saved.step if saved else None)
+        trainer.callbacks += [writer, ProgressBar(self.total_steps)]
+        try:
+            for callback in trainer.callbacks:
+                callback.on_start({"step": trainer.progress.step, "total_steps": self.total_steps})
+            trainer.run()
+            summary = self.finish()
+            for callback in trainer.callbacks:
+                callback.on_end(summary)
+        finally:
+            for callback in trainer.callbacks:
+                callback.close()
+            self.loader.close()
+        report = write_report(self.folder)
+        if not trainer.stopped_by:
+            print(f"report: {report}")
+        return summary
+
+    def write_inputs(self) -> None:
+        """config.yaml, environment.json, dispatch.json, tokenizer.json and the data's account."""
+        stored = replace(self.settings, resume=False)
+        (self.folder / "config.yaml").write_text(config.to_yaml(stored), encoding="utf-8")
+        _json(self.folder / "environment.json", environment(self.device))
+        dispatch = {op: {"backend": backend, "reason": reason}
+                    for op, (backend, reason) in ops.dispatch(self.device).items()}
+        _json(self.folder / "dispatch.json", dispatch)
+        _json(self.folder / "data.json", self.prepared.report.to_dict())
+        self.prepared.tokenizer.save(self.folder / "tokenizer.json")
+
+    def finish(self) -> dict[str, Any]:
+        """The summary; where the run came to its end also xz's figure, continuations and model/."""
+        progress = self.trainer.progress
+        summary: dict[str, Any] = {
+            "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
+            "skipped_steps": progress.skipped, "seconds": progress.seconds,
+            "parameters": num_parameters(self.settings.model), "stopped_by": self.trainer.stopped_by,
+            "best_step": progress.best_step, "finished": progress.step >= self.total_steps,
+        }
+        joules = self.trainer.monitor.energy_joules()
+        if joules is not None and progress.tokens:
+            summary["joules_per_token"] = joules / progress.tokens
+        if summary["finished"]:
+            if len(self.held) and self.settings.eval.every:
+                summary |= self.evaluate(self.model.eval())
+                summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
+            summary["continuations"] = self.continuations()
+            tokenizer = self.prepared.tokenizer
+            write_model(self.model, tokenizer, self.folder / "model", None)
+        _json(self.folder / "summary.json", summary)
+        return summary
+
+    def continuations(self) -> list[dict[str, str]]:
+        """What the model writes after each prompt."""
+        settings = self.settings.eval
+        prompts = settings.prompts or [" ".join(text.decode("utf-8").split(" ")[:6])
+                                       for text in self.held.texts(3)]
+        room = self.settings.model.max_position_embeddings - settings.new_tokens
+        tokenizer = self.prepared.tokenizer
+        prompts = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) + 1 < room]
+        if not settings.new_tokens or not prompts:
+            return []
+        drawn = GenerateConfig(max_new_tokens=settings.new_tokens, temperature=0.8, top_p=0.95,
+                               seed=self.settings.train.seed)
+        texts = generate_text(self.model.eval(), tokenizer, prompts, drawn,
+                              bos_token_id=tokenizer.bos_id, eos_token_ids=[tokenizer.eos_id])
+        return [{"prompt": prompt, "text": text}
+                for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def demo(settings: RunConfig) -> None:
+    """`demo`: pretrain, then say what came of it; a finished demo is shown again, not run again."""
+    settings.out = settings.out or "runs/demo"
+    folder = Path(settings.out)
+    done, stored = folder / "summary.json", folder / "config.yaml"
+    summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    if summary.get("finished") and stored.read_text(encoding="utf-8") == config.to_yaml(settings):
+        print(f"{folder} is finished and nothing changed since; remove it to train again")
+    else:
+        settings.resume = (folder / "checkpoints").is_dir() and not summary.get("finished")
+        summary = pretrain(settings)
+    if not summary["finished"]:
+        return
+    if "val_bpb" in summary:
+        print(f"held-out documents: {summary['val_bpb']:.3f} bits per byte; "
+              f"xz -9 on the same bytes: {summary['xz_bpb']:.3f}")
+    for sample in summary["continuations"]:
+        print(f"\n> {sample['prompt']}{sample['text']}")
+    print(f"\nrun folder: {folder}  (config.yaml, metrics.jsonl, report.html, checkpoints/, model/)")
+    print(f"try: fastllm-train generate {folder} --prompt 'Return the'")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by its name; auto is the GPU where there is one. UserError for a GPU that is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device cuda: torch sees no GPU here; use cpu, or install a CUDA "
+                        "build of torch")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def training_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype, why) by name; auto goes by the hardware."""
+    return pick_dtype(device) if name == "auto" else (DTYPES[name], "asked for")
+
+
+@contextmanager
+def data_progress() -> Iterator[data.Progress]:
+    """Within: a progress(stage, done, total) that shows a bar where the output is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True,
+                  disable=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def prepare_data(sources: DataConfig, tokenizer_config: TokenizerConfig, *,
+                 tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> Prepared:
+    """Tokens of the sources, made now or found in the cache; a bar while it lasts."""
+    with data_progress() as progress:
+        return data.prepare(sources, tokenizer_config, tokenizer=tokenizer,
+                            vocab_size=vocab_size, progress=progress)
+
+
+def write_model(model: Decoder, tokenizer: Tokenizer, folder: Path,
+                dtype: torch.dtype | None) -> Path:
+    """Model and tokenizer in Hugging Face layout."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = folder.parent / ".tokenizer.json"
+    try:
+        tokenizer.save(source)
+        return export(model, folder, tokenizer=source, bos_token=tokenizer.bos_token,
+                      eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token, dtype=dtype)
+    finally:
+        source.unlink(missing_ok=True)
+
+
+def _open_folder(folder: Path, resume: bool) -> checkpoint.Checkpoint | None:
+    """The run's folder, made if need be, and the checkpoint to continue from."""
+    checkpoints = folder / "checkpoints"
+    if not resume and checkpoint.steps(checkpoints):
+        raise UserError(f"{folder} already holds a run: add --resume to continue it, or give "
+                        "another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    if not resume:
+        return None
+    saved = checkpoint.newest(checkpoints)
+    if saved is None:
+        print(f"{checkpoints} holds no checkpoint yet: beginning at step 0")
+    return saved
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n",
+                    encoding="utf-8")
