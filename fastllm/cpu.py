@@ -1,0 +1,285 @@
+"""The C++ ops of `fastllm._C` for CPU tensors, as differentiable functions.
+
+They carry the names and signatures of `fastllm.ops`, which picks them for CPU tensors. Every op
+sums in fp32, gives the same bits for any number of threads, and takes float32, bfloat16 and
+float16 (in fp32 inside). The exact fp32 matmul (`linear`) needs no extension.
+"""
+
+import functools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOAD_ERROR = ""
+try:
+    from fastllm import _C as _C
+except ImportError as error:
+    _LOAD_ERROR = str(error)
+
+Reduction = Literal["sum", "mean", "none"]
+_OPS = torch.ops.fastllm_cpu
+
+
+def available() -> bool:
+    """Whether the C++ extension was built and loads."""
+    return not _LOAD_ERROR
+
+
+def why_not() -> str:
+    """Why the extension cannot be used; empty where it can."""
+    if available():
+        return ""
+    return (f"the C++ extension fastllm._C is not there ({_LOAD_ERROR}): install a C++20 compiler "
+            "and reinstall fastllm")
+
+
+# ------------------------------------------------------------------------- shapes for torch.compile
+
+if available():
+
+    @torch.library.register_fake("fastllm_cpu::rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = x.numel() // max(1, x.shape[-1])
+        return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
+
+    @torch.library.register_fake("fastllm_cpu::rms_norm_backward")
+    def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+    @torch.library.register_fake("fastllm_cpu::rope")
+    def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape)
+
+    @torch.library.register_fake("fastllm_cpu::swiglu")
+    def _(gate: Tensor, up: Tensor) -> Tensor:
+        return gate.new_empty(gate.shape)
+
+    @torch.library.register_fake("fastllm_cpu::swiglu_backward")
+    def _(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
+
+    @torch.library.register_fake("fastllm_cpu::cross_entropy")
+    def _(logits: Tensor, labels: Tensor, *options: float) -> tuple[Tensor, Tensor]:
+        rows = logits.shape[0]
+        return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(
+            rows, dtype=torch.float32)
+
+    @torch.library.register_fake("fastllm_cpu::cross_entropy_backward")
+    def _(grad: Tensor, logits: Tensor, *rest: object) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("fastllm_cpu::cross_entropy_backward_")
+    def _(grad: Tensor, logits: Tensor, *rest: object) -> None:
+        return None
+
+    @torch.library.register_fake("fastllm_cpu::cross_entropy_with_gradient_")
+    def _(logits: Tensor, *rest: object) -> Tensor:
+        return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------- elementwise ops
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, rstd = _OPS.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx, dweight = _OPS.rms_norm_backward(dy, *ctx.saved_tensors)
+        return dx, dweight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x (..., H), weight (H,)."""
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _OPS.rope(q, k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *_OPS.rope(dq, dk, *ctx.saved_tensors, True), None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates q (B, S, Hq, D) and k (B, S, Hkv, D) by cos and sin, (B, S, D/2) or (S, D/2) fp32."""
+    return _Rope.apply(q, k, cos, sin)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _OPS.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _OPS.swiglu_backward(grad, *ctx.saved_tensors).chunk(2, -1)
+
+
+class _SwiGluPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _OPS.swiglu(*gate_up.chunk(2, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        return _OPS.swiglu_backward(grad, *gate_up.chunk(2, -1))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise; both (..., F)."""
+    return _SwiGlu.apply(gate, up)
+
+
+def swiglu_packed(gate_up: Tensor) -> Tensor:
+    """`swiglu` of the halves of gate_up (..., 2F): its gradient comes in one piece, not joined."""
+    return _SwiGluPacked.apply(gate_up)
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, options, inplace):
+        loss, lse = _OPS.cross_entropy(logits, labels, *options)
+        ctx.options, ctx.inplace, ctx.spent = options, inplace, False
+        ctx.save_for_backward(logits, labels, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels, lse = ctx.saved_tensors
+        if not ctx.inplace:
+            gradient = _OPS.cross_entropy_backward(grad, logits, labels, lse, *ctx.options)
+            return gradient, None, None, None
+        if ctx.spent:
+            raise RuntimeError("cross_entropy(inplace=True): the first backward has overwritten the "
+                               "logits, a second one cannot run")
+        ctx.spent = True
+        out = logits.detach()
+        _OPS.cross_entropy_backward_(grad, out, labels, lse, *ctx.options)
+        return out, None, None, None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
+                  label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
+                  reduction: Reduction = "sum", inplace: bool = False) -> Tensor:
+    """Cross-entropy of logits (T, V) and labels (T,) int64, in fp32.
+
+    z_loss adds z_loss * logsumexp^2 to every token; softcap c replaces x by c tanh(x / c) first.
+    "mean" divides by the number of labels that are not ignore_index, and is 0 where all are.
+    inplace=True: the backward writes the gradient over the logits. A label outside the vocabulary
+    raises IndexError.
+    """
+    options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
+    return _reduce(_CrossEntropy.apply(logits, labels, options, inplace), labels, ignore_index,
+                   reduction)
+
+
+def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / (labels != ignore_index).sum().clamp(min=1)
+    raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
+
+
+# --------------------------------------------------------------------------------- fp32 matmul
+
+
+@functools.lru_cache(maxsize=1)
+def _vendor() -> str:
+    """The CPU's maker as the kernel or the platform names it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("vendor_id"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+@functools.lru_cache(maxsize=1)
+def matmul_backend() -> tuple[str, str]:
+    """(name, reason) of the fp32 matmul: "onednn" or "torch". A pure function of the machine."""
+    vendor = _vendor()
+    if "AMD" not in vendor:
+        return "torch", f"torch's own BLAS is the fast one on this CPU ({vendor or 'unknown'})"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "torch", "this torch was built without oneDNN"
+    return "onednn", f"{vendor}: oneDNN's fp32 matmul is about twice as fast as MKL's, and as exact"
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (N, K)^T in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        dx = _onednn(rows, weight.t()).view(x.shape) if need_x else None
+        dweight = _onednn(rows.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None
+        return dx, dweight, rows.sum(0) if need_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) @ weight (O, I)^T + bias, as F.linear, by the fastest exact matmul of this CPU.
+
+    Only fp32 outside of autocast takes another way than F.linear, see `matmul_backend`.
+    """
+    exact = (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+             and weight.numel() > 0 and not torch.is_autocast_enabled("cpu"))
+    if not exact or matmul_backend()[0] != "onednn":
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
+
+# ------------------------------------------------------------------------------------- optimizer
+
+
+def adamw_step(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
+               exp_avg_sqs: Sequence[Tensor], masters: Sequence[Tensor | None], *, lr: float,
+               beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+               grad_scale: Tensor, stochastic_rounding: bool = False, seed: int = 0,
+               offsets: Sequence[int] | None = None) -> None:
+    """One AdamW step over lists of tensors, in place. masters[i] is None for an fp32 parameter.
+
+    grad_scale (0-d fp32) multiplies every gradient; where it is not finite nothing changes.
+    offsets are the global indices of the tensors' first elements, which key the stochastic
+    rounding; by default the tensors follow each other.
+    """
+    _OPS.adamw_step_(params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps,
+                     weight_decay, grad_scale, stochastic_rounding, seed, step,
+                     list(offsets) if offsets is not None else [])
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The global L2 norm of the gradients as a 0-d fp32 tensor, summed in a fixed order."""
+    return _OPS.grad_norm(list(grads))
