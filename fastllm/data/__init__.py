@@ -1,0 +1,1 @@
+"""Text to batches: sources -> tokenizer -> prepared token files -> packing -> collate -> loader."""
