@@ -1,7 +1,7 @@
 """Writes the tables of README.md from the JSON files under bench/results; `--check` only compares.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. No figure in README.md is typed by
-hand: tests/test_readme.py runs the check.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. No figure in README.md is typed
+by hand: tests/test_readme.py runs the check.
 """
 
 import argparse
@@ -37,8 +37,9 @@ def train() -> str:
                      f"{one['tokens_per_second'] / base['tokens_per_second']:.2f}x",
                      f"{one['peak_memory_bytes'] / 1e9:.2f} GB"])
     ratio = result["ratios"]
-    note = (f"\nOver bf16 autocast: {ratio['speed: bf16 over transformers bf16 autocast']:.2f}x the "
-            f"speed and {ratio['memory: bf16 over transformers bf16 autocast']:.2f}x the memory. "
+    autocast = "bf16 over transformers bf16 autocast"
+    note = (f"\nOver bf16 autocast: {ratio['speed: ' + autocast]:.2f}x the speed and "
+            f"{ratio['memory: ' + autocast]:.2f}x the memory. "
             f"Over {len(base['losses'])} steps in fp32 the loss curves differ by "
             f"{ratio['loss: largest fp32 difference']:.1e} at most.\n")
     return table(["minimind-26m, batch 8 x 340", "tokens/s", "speed", "peak memory"], rows) + note
@@ -71,7 +72,7 @@ def render(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is stale")
     options = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")

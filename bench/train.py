@@ -1,9 +1,9 @@
 """Training speed on this CPU beside transformers' LlamaForCausalLM with torch's AdamW.
 
 The same model (minimind-26m), initial weights, batches (8 x 340) and steps. Each contestant is a
-process of its own, so that peak memory is its own; they take turns in blocks of steps within one run,
-so that the machine's moods fall on all alike. Every step is forward, backward, clipping to norm 1 and
-the update. The fp32 contestants also give their loss curves, which must agree.
+process of its own, so that peak memory is its own; they take turns in blocks of steps within one
+run, so that the machine's moods fall on all alike. Every step is forward, backward, clipping to
+norm 1 and the update. The fp32 contestants also give their loss curves, which must agree.
 
     python bench/train.py [--steps 100] [--out bench/results/cpu-2core/train.json]
 """
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def prepare(shared: Path, steps: int) -> None:
-    """Initial weights in Hugging Face layout and token batches of real text, for all contestants."""
+    """Initial weights in Hugging Face layout and batches of real text, for all contestants."""
     import torch
     from safetensors.torch import save_file
 

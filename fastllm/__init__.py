@@ -1,4 +1,4 @@
-"""fastllm: a training runtime for language models that is fast on NVIDIA GPUs and exact everywhere."""
+"""fastllm: a training runtime for language models, fast on NVIDIA GPUs and exact everywhere."""
 
 from pathlib import Path
 

@@ -2,8 +2,8 @@
 
     checkpoints/step-00000200/
         model.safetensors optimizer.safetensors rng.safetensors    tensors, by name
-        state.json                                                 step, data position, scaler, ...
-        manifest.json                                              size + SHA-256 of each file, hash of itself
+        state.json       step, data position, loss scale, ...
+        manifest.json    size and SHA-256 of each file, and the hash of itself
 
 A checkpoint is written under a temporary name, fsynced, read back, compared with the tensors in
 memory, and only then renamed: a name `step-N` always stands for a whole one, unless the disk
@@ -40,13 +40,13 @@ class CheckpointConfig:
     every: Annotated[int, Field(gt=0)] = 200
     """Optimizer steps between two checkpoints; the last step is always saved."""
     keep: Annotated[int, Field(ge=2)] = 2
-    """How many of the newest to keep (the best one is kept besides). Two, so that one may be bad."""
+    """How many of the newest to keep, besides the best one. Two, so that one may be bad."""
     best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
+    """A checkpoint that must not be loaded; the message names the file and its fault."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ def save(folder: Path, step: int, parts: Parts, state: dict[str, Any]) -> Path:
         state = {"format": FORMAT, "step": step, "state_hash": digest(parts), **state}
         _write(temporary, parts, state)
         if digest(_read(temporary, sorted(parts))) != state["state_hash"]:
-            raise CorruptCheckpoint(f"{temporary}: what was read back differs from what was written")
+            raise CorruptCheckpoint(f"{temporary}: what was read back differs from memory")
         if final.exists():  # a damaged one, or this very step saved before an interruption
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -130,7 +130,7 @@ def verify(path: Path) -> dict[str, dict[str, Any]]:
         if size != expected["bytes"]:
             raise CorruptCheckpoint(f"{path / name} has {size} bytes, not {expected['bytes']}")
         if _sha256(path / name) != expected["sha256"]:
-            raise CorruptCheckpoint(f"{path / name} was altered: its SHA-256 is not the recorded one")
+            raise CorruptCheckpoint(f"{path / name} was altered: its SHA-256 does not match")
     return files
 
 

@@ -2,8 +2,8 @@
 
 Every module declares its own `XConfig` dataclass beside its code; `fastllm.run.RunConfig` composes
 them. This file knows none of them. A layer (a YAML file, a preset, the command line) is a nested
-dict; later layers win. Unknown keys, wrong types and impossible values raise `UserError`, naming the
-key, the value and the nearest right one.
+dict; later layers win. Unknown keys, wrong types and impossible values raise `UserError`, naming
+the key, the value and the nearest right one.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ NONE_WORDS = {"none", "null", "~"}
 
 
 class UserError(Exception):
-    """Bad input from the user: one line that says what is wrong, where, and what to do (exit code 2)."""
+    """Bad input: one line that says what is wrong, where, and what to do (exit code 2)."""
 
 
 class RunError(Exception):
@@ -35,7 +35,7 @@ def environment(name: str, default: str | None = None) -> str | None:
 
 
 def from_yaml(path: str | Path) -> dict[str, Any]:
-    """The nested dict in a YAML file. Raises UserError naming the file and, for bad YAML, the line."""
+    """The nested dict in a YAML file. Raises UserError naming the file and the line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,7 +64,8 @@ def from_arguments(arguments: list[str]) -> dict[str, Any]:
     while i < len(arguments):
         flag = arguments[i]
         if not flag.startswith("--") or len(flag) < 3:
-            raise UserError(f"unexpected argument '{flag}': options are written --section.key value")
+            raise UserError(f"unexpected argument '{flag}': options are written "
+                            "--section.key value")
         key, equals, value = flag[2:].partition("=")
         values = [value] if equals else []
         i += 1

@@ -22,7 +22,7 @@ class EvalConfig:
     batch_size: Annotated[int, Field(gt=0)] | None = None
     """Rows in a batch of the evaluation; none: train.batch_size."""
     prompts: list[str] = field(default_factory=list)
-    """Texts that the finished model continues; empty: the beginnings of three held-out documents."""
+    """Texts that the finished model continues; empty: the first words of three held-out ones."""
     new_tokens: Annotated[int, Field(ge=0)] = 60
     """Tokens of each continuation; 0: none are made."""
 
@@ -44,7 +44,7 @@ def evaluate(model: Any, batches: Iterable[Batch], num_bytes: int, *, device: to
             total += value.double().cpu()
             tokens += count
     if not tokens or not num_bytes:
-        raise UserError("no held-out documents to evaluate on: raise --data.holdout, or give more data")
+        raise UserError("no documents to evaluate on: raise --data.holdout, or give more data")
     nats = float(total)
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / num_bytes,
             "val_tokens": tokens}

@@ -1,4 +1,4 @@
-"""Presets: one function a preset, each returning a layer of settings that YAML and flags may override."""
+"""Presets: one function each, returning a layer of settings that YAML and flags may override."""
 
 from collections.abc import Callable
 from typing import Any

@@ -199,7 +199,8 @@ class _Run:
         summary: dict[str, Any] = {
             "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
             "skipped_steps": progress.skipped, "seconds": progress.seconds,
-            "parameters": num_parameters(self.settings.model), "stopped_by": self.trainer.stopped_by,
+            "parameters": num_parameters(self.settings.model),
+            "stopped_by": self.trainer.stopped_by,
             "best_step": progress.best_step, "finished": progress.step >= self.total_steps,
         }
         joules = self.trainer.monitor.energy_joules()
@@ -251,12 +252,13 @@ def demo(settings: RunConfig) -> None:
               f"xz -9 on the same bytes: {summary['xz_bpb']:.3f}")
     for sample in summary["continuations"]:
         print(f"\n> {sample['prompt']}{sample['text']}")
-    print(f"\nrun folder: {folder}  (config.yaml, metrics.jsonl, report.html, checkpoints/, model/)")
+    print(f"\nrun folder: {folder}  (config.yaml, metrics.jsonl, report.html, checkpoints/, "
+          "model/)")
     print(f"try: fastllm-train generate {folder} --prompt 'Return the'")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device by its name; auto is the GPU where there is one. UserError for a GPU that is not."""
+    """The device by its name; auto is the GPU where there is one. UserError where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device cuda: torch sees no GPU here; use cpu, or install a CUDA "
                         "build of torch")

@@ -166,7 +166,8 @@ class Trainer:
         self._tell("on_eval", {"step": self.progress.step, **result})
         better = result["val_loss"] < self.progress.best_loss
         if better:
-            self.progress.best_loss, self.progress.best_step = result["val_loss"], self.progress.step
+            self.progress.best_loss = result["val_loss"]
+            self.progress.best_step = self.progress.step
         return better
 
     def save(self, saved: int) -> int:
@@ -216,9 +217,9 @@ class Trainer:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.progress.skipped += not finite
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise RunError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite gradient (last: "
-                           f"step {self.progress.step}); no weight was changed by them: lower "
-                           "--optim.lr or look at the data, then --resume")
+            raise RunError(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a non-finite gradient "
+                           f"(last: step {self.progress.step}); no weight was changed by them: "
+                           "lower --optim.lr or look at the data, then --resume")
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -21,8 +21,8 @@ def parts(seed: int):
 
 
 def same(a, b):
-    return all(torch.equal(a[part][name], b[part][name]) and a[part][name].dtype == b[part][name].dtype
-               for part in a for name in a[part])
+    pairs = [(a[part][name], b[part][name]) for part in a for name in a[part]]
+    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in pairs)
 
 
 def test_round_trip_is_bitwise(tmp_path):
@@ -86,7 +86,7 @@ def damage(file, fault, draw):
 
 @pytest.mark.battery
 def test_two_hundred_damages(tmp_path):
-    """100 single-bit flips and 100 truncations over all files: each is found, the one before used."""
+    """100 single-bit flips and 100 truncations over all files: all found, the one before used."""
     checkpoint.save(tmp_path / "good", 1, parts(1), {})
     checkpoint.save(tmp_path / "good", 2, parts(2), {})
     names = sorted(path.name for path in (tmp_path / "good" / "step-00000002").iterdir())
