@@ -1,0 +1,71 @@
+"""Causal grouped-query self-attention, and the cache of keys and values for generation."""
+
+import torch
+from torch import Tensor, nn
+
+from fastllm import ops
+from fastllm.model.config import ModelConfig
+from fastllm.model.layers import Linear, RMSNorm
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory taken once.
+
+    Every row of the batch holds the same number of tokens. Keys are kept after RoPE.
+
+    Args:
+        batch_size: rows; capacity: tokens a row.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, *,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        shape = (config.num_hidden_layers, batch_size, capacity, config.kv_heads, config.head_size)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, S, Hkv, D) after what `layer` holds; returns all of it, (B, length + S, Hkv, D).
+
+        `length` moves on only in `advance`, when every layer has put its own.
+        """
+        end = self.length + key.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens a row and was given {end}")
+        self.keys[layer, :, self.length:end] = key
+        self.values[layer, :, self.length:end] = value
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Count `count` more tokens a row as seen."""
+        self.length += count
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with RoPE and, if asked, QK-norm."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.kv_heads = config.num_attention_heads, config.kv_heads
+        self.head_size = config.head_size
+        query, key = self.num_heads * self.head_size, self.kv_heads * self.head_size
+        self.qkv_proj = Linear(config.hidden_size, bias=config.attention_bias,
+                               parts={"q_proj": query, "k_proj": key, "v_proj": key})
+        self.o_proj = Linear(query, config.hidden_size)
+        self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None,
+                max_seqlen: int | None, cache: KVCache | None) -> Tensor:
+        """(B, S, hidden_size) to the same; cos and sin are (S, D/2) or (B, S, D/2)."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))
+        q, k, v = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return self.o_proj(out.flatten(2))

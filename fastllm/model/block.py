@@ -1,0 +1,79 @@
+"""One pre-norm Transformer block, and how its activations are kept or computed again."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from fastllm import ops
+from fastllm.model.attention import Attention, KVCache
+from fastllm.model.config import ModelConfig
+from fastllm.model.layers import Linear, RMSNorm
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, parts={"gate_proj": width, "up_proj": width})
+        self.down_proj = Linear(width, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(ops.swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.dropout, self.recompute = config.dropout, config.recompute
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None,
+                max_seqlen: int | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, S, hidden_size) to the same; the other arguments are `Attention.forward`'s."""
+        if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
+            return self._run(x, cos, sin, cu_seqlens, max_seqlen, cache)
+        # The random state is kept and set again, so that dropout drops the same elements twice.
+        arguments: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
+        if self.recompute == "selective":
+            arguments["context_fn"] = _selective_contexts
+        return checkpoint(self._run, x, cos, sin, cu_seqlens, max_seqlen, None, **arguments)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None,
+             max_seqlen: int | None, cache: KVCache | None) -> Tensor:
+        branch = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen, cache)
+        x = x + self._drop(branch)
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+# The costly operators, whatever backend runs them. torch.bmm is not among them on purpose: plain
+# attention is made of it, and its scores (S x S a head) are what checkpointing is there to drop.
+_KEPT = ("::mm", "::addmm", "::linear", "::_linear_pointwise", "attention")
+
+
+def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().split(".")[0]
+    kept = any(name.endswith(costly) if costly.startswith("::") else costly in name
+               for costly in _KEPT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_products)

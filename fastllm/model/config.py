@@ -1,0 +1,164 @@
+"""The shape of a decoder-only Transformer, what is checked about it, and what it costs.
+
+Fields bear the names of Hugging Face's config.json, so that a reader of one knows the other.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from fastllm.config import UserError
+
+InitName = Literal["normal", "xavier", "kaiming"]
+Recompute = Literal["none", "selective", "full"]
+RopeType = Literal["default", "llama3"]
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """How the frequencies of RoPE are stretched beyond the length that a model was trained at."""
+
+    rope_type: RopeType = "default"
+    """default: theta^(-2i/d) as they are. llama3: Llama 3.1's interpolation of the long waves."""
+    factor: Annotated[float, Field(ge=1)] = 1.0
+    """llama3: waves longer than original_max_position_embeddings / low_freq_factor are stretched
+    by this."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """llama3: see factor."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """llama3: waves shorter than original_max_position_embeddings / high_freq_factor stay."""
+    original_max_position_embeddings: Annotated[int, Field(gt=0)] = 8192
+    """llama3: the length in tokens before stretching."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in get_args(RopeType):
+            raise UserError(f"rope_scaling.rope_type '{self.rope_type}' is not implemented; "
+                            f"use one of {', '.join(get_args(RopeType))}")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(f"rope_scaling.high_freq_factor {self.high_freq_factor} must be "
+                            f"greater than low_freq_factor {self.low_freq_factor}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+
+    vocab_size: Annotated[int, Field(gt=0)] = 6400
+    """Rows of the embedding; every token id is below it."""
+    hidden_size: Annotated[int, Field(gt=0)] = 512
+    """Width of the residual stream."""
+    intermediate_size: Annotated[int, Field(gt=0)] = 1408
+    """Width of the SwiGLU's gate and of its up projection."""
+    num_hidden_layers: Annotated[int, Field(gt=0)] = 8
+    """Number of blocks."""
+    num_attention_heads: Annotated[int, Field(gt=0)] = 8
+    """Number of query heads."""
+    num_key_value_heads: Annotated[int, Field(gt=0)] | None = None
+    """Number of key and value heads, a divisor of num_attention_heads; null means as many."""
+    head_dim: Annotated[int, Field(gt=0)] | None = None
+    """Width of one head, even; null means hidden_size / num_attention_heads."""
+    max_position_embeddings: Annotated[int, Field(gt=0)] = 2048
+    """The longest document, in tokens, that the model takes."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """The base of RoPE's frequencies."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    """How RoPE's frequencies are stretched."""
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square before its root."""
+    tie_word_embeddings: bool = True
+    """Whether the output head is the embedding."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before RoPE, as in Qwen3."""
+    attention_bias: bool = False
+    """Bias on the query, key and value projections (not on the output one), as in Qwen2."""
+    final_logit_softcapping: Annotated[float, Field(gt=0)] | None = None
+    """Squash the logits to cap * tanh(logits / cap); null means not."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability, in training, of dropping an element of the embedding or of a branch's output."""
+    init: InitName = "normal"
+    """Distribution of the initial weights of every projection."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of `normal`, and of the embedding whatever `init` says."""
+    scaled_residual_init: bool = True
+    """Divide the initial o_proj and down_proj by sqrt(2 * num_hidden_layers)."""
+    recompute: Recompute = "none"
+    """Activation checkpointing. full: keep each block's input, run the block again in the backward.
+    selective: keep also what the matrix products and attention gave, run only the rest again."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if whole and value <= 0 and spec.name != "dropout":
+                raise UserError(f"model.{spec.name} is {value}; it must be greater than 0")
+        for name, kind in (("init", InitName), ("recompute", Recompute)):
+            if getattr(self, name) not in get_args(kind):
+                raise UserError(f"model.{name} is '{getattr(self, name)}'; "
+                                f"use one of {', '.join(get_args(kind))}")
+        self._check_heads()
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}; give head_dim, or change one")
+        if self.head_size % 2:
+            raise UserError(f"model.head_dim {self.head_size} is odd, and RoPE turns pairs; "
+                            f"use {self.head_size + 1}")
+        if self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head: `head_dim`, or what follows from the other sizes."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads: `num_key_value_heads`, or as many as query heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that every token is multiplied with: all projections and the output head."""
+    c = config
+    attention = (2 * c.num_attention_heads + 2 * c.kv_heads) * c.head_size * c.hidden_size
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    return c.num_hidden_layers * (attention + mlp) + c.vocab_size * c.hidden_size
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Number of trained parameters; a tied embedding counts once."""
+    c = config
+    per_layer = 2 * c.hidden_size
+    if c.qk_norm:
+        per_layer += 2 * c.head_size
+    if c.attention_bias:
+        per_layer += (c.num_attention_heads + 2 * c.kv_heads) * c.head_size
+    untied = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
+    return matmul_parameters(c) + untied + c.num_hidden_layers * per_layer + c.hidden_size
+
+
+def flops_per_token(config: ModelConfig, seq_len: float) -> float:
+    """FLOPs of one token's forward and backward, for the model FLOPs utilisation (MFU).
+
+    6 * N + 6 * num_hidden_layers * num_attention_heads * head_dim * (seq_len + 1), where N is
+    `matmul_parameters`: the embedding's look-up multiplies nothing, and the norms' few products are
+    left out. In a document of seq_len tokens a causal query meets (seq_len + 1) / 2 keys on
+    average, and meeting one costs 4 * head_dim FLOPs a head (the score, and the weighted value),
+    three times over with the backward. The masked half that some conventions add is not counted,
+    nor what activation checkpointing computes again.
+
+    Args:
+        seq_len: tokens of a document; for packed batches the mean over tokens of their document's
+            length gives the exact count.
+    """
+    c = config
+    attention = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_size * (seq_len + 1)
+    return 6 * matmul_parameters(c) + attention

@@ -1,0 +1,319 @@
+"""Decoders to and from Hugging Face folders (config.json, safetensors) of Llama, Qwen2 and Qwen3.
+
+Weights stream tensor by tensor both ways, so beside the model only one tensor is held. Nothing here
+reads pickle. A tensor that is missing, left over or of another shape is a `UserError` that names it
+and its file.
+"""
+
+import dataclasses
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastllm.config import UserError
+from fastllm.model.config import ModelConfig, RopeScaling
+from fastllm.model.decoder import Decoder
+from fastllm.model.layers import named_parts
+
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+INDEX = WEIGHTS + ".index.json"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
+# Fields of config.json that bear the same name and meaning in ModelConfig.
+_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+           "rms_norm_eps", "tie_word_embeddings")
+# What transformers assumes where config.json is silent and ModelConfig would assume otherwise.
+_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_DTYPES = {torch.float32: ("F32", "float32"), torch.bfloat16: ("BF16", "bfloat16"),
+           torch.float16: ("F16", "float16"), torch.float64: ("F64", "float64")}
+# Old Llama files hold RoPE's frequencies, which follow from the config.
+_DERIVED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
+
+
+def architecture(config: ModelConfig) -> str:
+    """The model_type that holds this config: llama, qwen2 or qwen3.
+
+    Raises UserError, naming why, where none of them can.
+    """
+    def refuse(why: str) -> NoReturn:
+        raise UserError(f"no Hugging Face architecture of ours holds this model: {why}")
+
+    if config.final_logit_softcapping is not None:
+        refuse("none of Llama, Qwen2 and Qwen3 has final_logit_softcapping")
+    if config.qk_norm and config.attention_bias:
+        refuse("Qwen3 has qk_norm and Qwen2 has the query, key and value bias, none has both")
+    if config.qk_norm:
+        return "qwen3"
+    if config.attention_bias:
+        return "qwen2"
+    if config.hidden_size % config.num_attention_heads:
+        refuse(f"Llama wants hidden_size {config.hidden_size} to be a multiple of "
+               f"num_attention_heads {config.num_attention_heads}")
+    return "llama"
+
+
+def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32,
+                 bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None,
+                 pad_token_id: int | None = None) -> dict[str, Any]:
+    """The content of config.json. RoPE is written as transformers 5 reads it and as 4 does."""
+    model_type = architecture(config)
+    values = {name: getattr(config, name) for name in _SHARED}
+    values |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.rope_type}
+    if scaling.rope_type == "llama3":
+        rope |= {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+                 "high_freq_factor": scaling.high_freq_factor,
+                 "original_max_position_embeddings": scaling.original_max_position_embeddings}
+    values |= {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": config.init_std,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_scaling": rope if scaling.rope_type != "default" else None,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "use_cache": True,
+        "dtype": _DTYPES[dtype][1],
+        "torch_dtype": _DTYPES[dtype][1],
+    }
+    if model_type == "llama":
+        values |= {"attention_bias": False, "mlp_bias": False}
+    elif model_type == "qwen3":
+        values |= {"attention_bias": False}
+    return values
+
+
+def config_from_hf(values: dict[str, Any], source: str = CONFIG) -> ModelConfig:
+    """The `ModelConfig` that the content of a config.json says.
+
+    Raises UserError, naming `source` and the field, for a model that `Decoder` is not.
+    """
+    def refuse(why: str) -> NoReturn:
+        raise UserError(f"{source}: {why}")
+
+    model_type = values.get("model_type")
+    if model_type not in ARCHITECTURES:
+        refuse(f"model_type '{model_type}' is not supported; "
+               f"there are: {', '.join(ARCHITECTURES)}")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads")
+    for name in needed:
+        if not isinstance(values.get(name), int):
+            refuse(f"{name} is {values.get(name)!r}; it must be a whole number")
+    if values.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act '{values['hidden_act']}' is not supported; only silu is")
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        if values.get(name):
+            refuse(f"{name} = {values[name]} is not supported")
+    given = {name: values[name] for name in _SHARED if values.get(name) is not None}
+    if model_type in _DEFAULT_HEAD_DIM and "head_dim" not in values:
+        given["head_dim"] = _DEFAULT_HEAD_DIM[model_type]
+    given.setdefault("max_position_embeddings", _DEFAULT_POSITIONS[model_type])
+    theta, scaling = _rope_from_hf(values, given["max_position_embeddings"], source)
+    try:
+        return ModelConfig(**{**_DEFAULTS, **given}, rope_theta=theta, rope_scaling=scaling,
+                           qk_norm=model_type == "qwen3", attention_bias=model_type == "qwen2",
+                           init_std=values.get("initializer_range", 0.02))
+    except UserError as error:
+        refuse(str(error))
+
+
+def _rope_from_hf(values: dict[str, Any], positions: int, source: str) -> tuple[float, RopeScaling]:
+    # transformers 5 writes rope_parameters, theta included; 4 wrote rope_theta and rope_scaling.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{source}: rope_type '{kind}' is not supported; default and llama3 are")
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return theta, RopeScaling()
+    missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
+    if missing:
+        raise UserError(f"{source}: llama3's rope_scaling lacks {', '.join(missing)}")
+    return theta, RopeScaling(
+        rope_type="llama3", factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=rope.get("original_max_position_embeddings", positions))
+
+
+def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, as a view of the model's parameters."""
+    for name, tensor in named_parts(model):
+        yield name if name.startswith("lm_head.") else f"model.{name}", tensor
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face folder."""
+    path = Path(folder) / CONFIG
+    return config_from_hf(_read_json(path), str(path))
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None,
+         device: torch.device | str = "cpu", **changes: Any) -> Decoder:
+    """A `Decoder` with the config and weights of a Hugging Face folder.
+
+    Args:
+        dtype: of the weights; None means the one that config.json names (fp32 where it names none).
+        changes: fields of `ModelConfig` that config.json cannot say, such as dropout and recompute.
+    """
+    path = Path(folder) / CONFIG
+    values = _read_json(path)
+    config = dataclasses.replace(config_from_hf(values, str(path)), **changes)
+    if dtype is None:
+        named = values.get("dtype", values.get("torch_dtype")) or "float32"
+        known = {text: kind for kind, (_, text) in _DTYPES.items()}
+        if named not in known:
+            raise UserError(f"{path}: dtype '{named}' is not supported; "
+                            f"there are: {', '.join(known)}")
+        dtype = known[named]
+    with torch.device("meta"):
+        model = Decoder(config)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model: Decoder, folder: str | Path) -> None:
+    """Fill every parameter of `model` from the folder's safetensors, one file or sharded.
+
+    Values are cast to the parameters' dtype. Raises UserError naming tensor and file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    wanted = dict(hf_tensors(model))
+    heads: list[Path] = []
+    for path, expected in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = set(file.keys())
+                for name in sorted(expected - names if expected is not None else ()):
+                    raise UserError(f"{path}: lacks tensor {name}, which {INDEX} says it holds")
+                for name in sorted(names):
+                    if model.lm_head is None and name == "lm_head.weight":
+                        heads.append(path)
+                    elif not _DERIVED.search(name):
+                        _copy(file, name, wanted, path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    if wanted:
+        name = next(iter(wanted))
+        raise UserError(f"{folder}: lacks tensor {name} {tuple(wanted[name].shape)}"
+                        + (f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""))
+    for path in heads:
+        # Some files hold the tied head a second time. A different one would be lost in silence.
+        with safe_open(path, framework="pt") as file:
+            head, embedding = file.get_tensor("lm_head.weight"), model.embed_tokens.weight
+        if not torch.equal(head.to(embedding), embedding):
+            raise UserError(f"{path}: tensor lm_head.weight differs from model.embed_tokens.weight "
+                            f"though {CONFIG} ties them")
+
+
+def _copy(file: Any, name: str, wanted: dict[str, Tensor], path: Path) -> None:
+    """Copy one tensor of a file into its place and take it off the list."""
+    if name not in wanted:
+        raise UserError(f"{path}: tensor {name} has no place in this model, "
+                        "or comes twice")
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != tuple(wanted[name].shape):
+        raise UserError(f"{path}: tensor {name} is {shape}, the model's is "
+                        f"{tuple(wanted[name].shape)}")
+    wanted.pop(name).copy_(file.get_tensor(name))
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
+    """The files that hold the weights, each with the tensors that an index says it holds."""
+    if (folder / WEIGHTS).is_file():
+        return [(folder / WEIGHTS, None)]
+    index = folder / INDEX
+    if not index.is_file():
+        pickled = next((p.name for pattern in ("*.bin", "*.pth", "*.pt")
+                        for p in sorted(folder.glob(pattern))), None)
+        hint = (f"; {pickled} may be pickle, which is never loaded: convert it to safetensors"
+                if pickled else "")
+        raise UserError(f"{folder}: there is no {WEIGHTS} and no {INDEX}{hint}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: '{name}' is not the name of a file beside it")
+        files.setdefault(name, set()).add(tensor)
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: named by {INDEX}, but there is no such file")
+    return [(folder / name, tensors) for name, tensors in sorted(files.items())]
+
+
+def save(model: Decoder, folder: str | Path, *, dtype: torch.dtype | None = None,
+         bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None,
+         pad_token_id: int | None = None) -> None:
+    """Write model.safetensors, config.json and generation_config.json into an existing folder.
+
+    Args:
+        dtype: of the written weights; None means the model's own.
+    """
+    folder = Path(folder)
+    dtype = dtype or model.embed_tokens.weight.dtype
+    tokens: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id,
+                              "pad_token_id": pad_token_id}
+    config = config_to_hf(model.config, dtype=dtype, **tokens)
+    write_safetensors(folder / WEIGHTS, dict(hf_tensors(model)), dtype)
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / GENERATION, {"_from_model_config": True, **tokens})
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write tensors as `dtype` in the safetensors format, one in memory at a time.
+
+    (The library's own writer holds a copy of all of them.) The format: 8 bytes of little-endian
+    header length, a JSON header padded to 8, then the data in the header's order.
+    """
+    code, size = _DTYPES[dtype][0], torch.empty((), dtype=dtype).element_size()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * size
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            plain = tensor.detach().to("cpu", dtype).contiguous()
+            file.write(plain.view(torch.uint8).numpy().data)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

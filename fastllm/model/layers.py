@@ -1,0 +1,138 @@
+"""The parts of a block that hold weights or tables. Their math is `fastllm.ops`.
+
+Projections that read the same input are one weight with named parts (q|k|v and gate|up): one
+matrix product instead of three or two. `named_parts` shows them apart, which is how weights are
+initialised, read and written.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastllm import ops
+from fastllm.model.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b through `ops.linear`, its rows made of named parts.
+
+    Args:
+        in_features: width of x.
+        parts: rows of the weight by name, in order; None means one part, named as the module.
+        out_features: number of rows where there are no parts.
+    """
+
+    def __init__(self, in_features: int, out_features: int | None = None, *,
+                 parts: dict[str, int] | None = None, bias: bool = False):
+        rows = sum(parts.values()) if parts is not None else out_features
+        if rows is None:
+            raise TypeError("Linear needs out_features or parts")
+        super().__init__(in_features, rows, bias=bias)
+        self.parts = parts
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` fills every parameter by its name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A look-up of rows, filled by `init_weights`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` fills every parameter by its name."""
+
+
+class RMSNorm(nn.Module):
+    """x * weight / sqrt(mean(x^2) + eps) over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair of a head's elements: (head_dim / 2,) fp64.
+
+    Su et al., RoFormer (2021): theta^(-2i/d). Llama 3.1's scaling divides the frequency of waves
+    longer than original / low_freq_factor by `factor`, leaves those shorter than original /
+    high_freq_factor, and goes from one to the other in between, linearly in original / wavelength.
+    """
+    size = config.head_size
+    exponent = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
+    frequency = config.rope_theta ** -exponent
+    scaling = config.rope_scaling
+    if scaling.rope_type == "default":
+        return frequency
+    waves = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((waves - scaling.low_freq_factor) / span).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of every position and frequency: (max_position_embeddings, head_dim / 2) fp32.
+
+    Made in fp64, kept in fp32 whatever dtype the model is cast to (angles of thousands of radians
+    mean nothing in bf16), and not saved: they follow from the config.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self._build(torch.get_default_device())
+
+    def _build(self, device: torch.device) -> None:
+        if device.type == "meta":
+            shape = (self.config.max_position_embeddings, self.config.head_size // 2)
+            cos = sin = torch.empty(shape, dtype=torch.float32, device=device)
+        else:
+            positions = torch.arange(
+                self.config.max_position_embeddings, dtype=torch.float64, device="cpu")
+            angle = torch.outer(positions, rope_frequencies(self.config))
+            cos, sin = (f(angle).to(device, torch.float32) for f in (torch.cos, torch.sin))
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTable":
+        # .to(), .cuda() and .to_empty() come through here. Only the device is taken from them:
+        # a cast would round the table, and to_empty would leave it without values.
+        device = fn(self.cos).device
+        if device != self.cos.device:
+            self._build(device)
+        return self
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin at position_ids: each (*position_ids.shape, head_dim / 2) fp32."""
+        return self.cos[position_ids], self.sin[position_ids]
+
+
+def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under its own name, fused projections apart, as views of the parameters.
+
+    `layers.0.self_attn.qkv_proj.weight` comes as `layers.0.self_attn.q_proj.weight` and so on:
+    Hugging Face's names without the prefix "model.". The views carry no gradient history.
+    """
+    for path, child in module.named_modules():
+        parts = getattr(child, "parts", None)
+        for name, parameter in child.named_parameters(path, recurse=False):
+            if parts is None:
+                yield name, parameter.detach()
+                continue
+            base, leaf = path.rpartition(".")[0], name.rpartition(".")[2]
+            pieces = parameter.detach().split(list(parts.values()))
+            for part, piece in zip(parts, pieces, strict=True):
+                yield ".".join(filter(None, (base, part, leaf))), piece

@@ -1,0 +1,67 @@
+"""Activation checkpointing: the same gradients to the bit, and the work that it says."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastllm import ops
+from fastllm.model import Decoder, ModelConfig
+
+
+def run(recompute, *, backend="auto", dropout=0.2, dtype=torch.float32):
+    config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
+                         dropout=dropout, recompute=recompute, qk_norm=True)
+    torch.manual_seed(0)
+    model = Decoder(config, generator=torch.Generator().manual_seed(0)).to(dtype).train()
+    ids = torch.randint(0, 64, (2, 16))
+    with ops.use_backend(backend), Count() as count:
+        hidden = model(ids)
+        model.logits(hidden).float().logsumexp(-1).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return hidden.detach(), gradients, torch.rand(()).item(), count.seen
+
+
+class Count(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[func.name().split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_gradients_and_random_state_are_the_same_to_the_bit(recompute, dtype):
+    hidden, gradients, after, _ = run("none", dtype=dtype)
+    hidden2, gradients2, after2, _ = run(recompute, dtype=dtype)
+    assert torch.equal(hidden, hidden2)
+    assert after == after2
+    for name, gradient in gradients.items():
+        assert gradient.abs().sum() > 0, name
+        assert torch.equal(gradient, gradients2[name]), name
+
+
+def test_full_runs_the_products_again_and_selective_does_not():
+    plain, full, selective = (run(kind, backend="reference", dropout=0.0)[3]
+                              for kind in ("none", "full", "selective"))
+    products = {kind: seen["aten::mm"] + seen["aten::addmm"]
+                for kind, seen in (("none", plain), ("full", full), ("selective", selective))}
+    assert products["selective"] == products["none"]
+    # The last product of a block is not needed again, so that a block runs three of its four.
+    assert products["none"] + 3 * 3 <= products["full"] <= products["none"] + 3 * 4
+    assert selective["aten::rsqrt"] > plain["aten::rsqrt"]
+
+
+def test_nothing_is_run_twice_without_gradients():
+    config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=16, recompute="full")
+    model = Decoder(config)
+    with torch.no_grad():
+        assert not model(torch.randint(0, 64, (1, 8))).requires_grad

@@ -1,0 +1,80 @@
+"""RoPE's table against exact angles and transformers; fused projections shown in parts."""
+
+import math
+
+import pytest
+import torch
+
+from fastllm.model import Decoder, ModelConfig, RopeScaling, shapes
+from fastllm.model.layers import RotaryTable, named_parts, rope_frequencies
+
+SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=3000,
+                    attention_bias=True)
+
+
+def test_rotary_table_is_correctly_rounded_far_out():
+    table = RotaryTable(SMALL)
+    for position, pair in [(0, 0), (1, 3), (2999, 0), (2999, 1)]:
+        angle = position * 10000.0 ** (-2 * pair / 8)
+        assert table.cos[position, pair] == pytest.approx(math.cos(angle), abs=1e-7)
+        assert table.sin[position, pair] == pytest.approx(math.sin(angle), abs=1e-7)
+
+
+def test_gather_by_position():
+    table = RotaryTable(SMALL)
+    cos, sin = table(torch.tensor([[5, 0], [2, 2]]))
+    assert cos.shape == sin.shape == (2, 2, 4)
+    assert torch.equal(cos[0, 0], table.cos[5])
+    assert torch.equal(sin[1, 1], table.sin[2])
+
+
+def test_rotary_table_survives_casts_and_meta():
+    expected = RotaryTable(SMALL).cos
+    model = Decoder(SMALL).to(torch.bfloat16).half().double()
+    assert model.rotary.cos.dtype == torch.float32
+    assert torch.equal(model.rotary.cos, expected)
+    with torch.device("meta"):
+        empty = Decoder(SMALL)
+    assert empty.rotary.cos.is_meta
+    assert torch.equal(empty.to_empty(device="cpu").rotary.cos, expected)
+    assert not [name for name in model.state_dict() if "rotary" in name]
+
+
+@pytest.mark.parametrize("config", [
+    shapes.config("llama-1b"), shapes.config("llama-8b"), shapes.config("minimind-64m"),
+    ModelConfig(rope_scaling=RopeScaling(rope_type="llama3", factor=4.0, low_freq_factor=2.0,
+                                         high_freq_factor=9.0,
+                                         original_max_position_embeddings=512))])
+def test_frequencies_equal_transformers(config):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = config.rope_scaling
+    rope = {"rope_theta": config.rope_theta, "rope_type": scaling.rope_type}
+    make = LlamaRotaryEmbedding.compute_default_rope_parameters
+    if scaling.rope_type == "llama3":
+        make = ROPE_INIT_FUNCTIONS["llama3"]
+        rope |= {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+                 "high_freq_factor": scaling.high_freq_factor,
+                 "original_max_position_embeddings": scaling.original_max_position_embeddings}
+    theirs, _ = make(LlamaConfig(head_dim=config.head_size, rope_parameters=rope,
+                                 max_position_embeddings=config.max_position_embeddings))
+    torch.testing.assert_close(rope_frequencies(config).float(), theirs, rtol=1e-6, atol=0)
+
+
+def test_named_parts_are_views_that_cover_every_parameter_once():
+    model = Decoder(SMALL)
+    parts = dict(named_parts(model))
+    assert sum(part.numel() for part in parts.values()) == sum(
+        p.numel() for p in model.parameters())
+    key = parts["layers.1.self_attn.k_proj.weight"]
+    assert key.shape == (16, 32)
+    key.fill_(7.0)
+    fused = model.layers[1].self_attn.qkv_proj.weight
+    assert (fused[32:48] == 7).all()
+    assert not (fused[:32] == 7).any()
+    assert not (fused[48:] == 7).any()
+    assert parts["layers.0.self_attn.v_proj.bias"].shape == (16,)
+    assert {"embed_tokens.weight", "layers.0.mlp.up_proj.weight", "norm.weight"} <= parts.keys()
