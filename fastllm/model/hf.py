@@ -9,15 +9,15 @@ import dataclasses
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from fastllm.config import UserError
-from fastllm.model.config import ModelConfig, RopeScaling
+from fastllm.config import UserError, build
+from fastllm.model.config import ModelConfig, RopeType
 from fastllm.model.decoder import Decoder
 from fastllm.model.layers import named_parts
 
@@ -109,11 +109,10 @@ def config_from_hf(values: dict[str, Any], source: str = CONFIG) -> ModelConfig:
     if model_type not in ARCHITECTURES:
         refuse(f"model_type '{model_type}' is not supported; "
                f"there are: {', '.join(ARCHITECTURES)}")
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads")
-    for name in needed:
-        if not isinstance(values.get(name), int):
-            refuse(f"{name} is {values.get(name)!r}; it must be a whole number")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads"):
+        if values.get(name) is None:
+            refuse(f"lacks {name}")
     if values.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act '{values['hidden_act']}' is not supported; only silu is")
     for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
@@ -123,34 +122,38 @@ def config_from_hf(values: dict[str, Any], source: str = CONFIG) -> ModelConfig:
     if model_type in _DEFAULT_HEAD_DIM and "head_dim" not in values:
         given["head_dim"] = _DEFAULT_HEAD_DIM[model_type]
     given.setdefault("max_position_embeddings", _DEFAULT_POSITIONS[model_type])
-    theta, scaling = _rope_from_hf(values, given["max_position_embeddings"], source)
+    given |= _rope_from_hf(values, given["max_position_embeddings"], refuse)
     try:
-        return ModelConfig(**{**_DEFAULTS, **given}, rope_theta=theta, rope_scaling=scaling,
-                           qk_norm=model_type == "qwen3", attention_bias=model_type == "qwen2",
-                           init_std=values.get("initializer_range", 0.02))
+        return build(ModelConfig, {
+            **_DEFAULTS, **given, "qk_norm": model_type == "qwen3",
+            "attention_bias": model_type == "qwen2",
+            "init_std": values.get("initializer_range") or ModelConfig.init_std})
     except UserError as error:
         refuse(str(error))
 
 
-def _rope_from_hf(values: dict[str, Any], positions: int, source: str) -> tuple[float, RopeScaling]:
+def _rope_from_hf(values: dict[str, Any], positions: int,
+                  refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
+    """rope_theta and rope_scaling, as layers of `ModelConfig`."""
     # transformers 5 writes rope_parameters, theta included; 4 wrote rope_theta and rope_scaling.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    theta = float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))
+    if not isinstance(rope, dict):
+        refuse(f"rope_scaling is {rope!r}; it must be an object")
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{source}: rope_type '{kind}' is not supported; default and llama3 are")
+    if kind not in get_args(RopeType):
+        refuse(f"rope_type '{kind}' is not supported; default and llama3 are")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return theta, RopeScaling()
-    missing = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in rope]
-    if missing:
-        raise UserError(f"{source}: llama3's rope_scaling lacks {', '.join(missing)}")
-    return theta, RopeScaling(
-        rope_type="llama3", factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=rope.get("original_max_position_embeddings", positions))
+        refuse("partial_rotary_factor other than 1 is not supported")
+    scaling = {"rope_type": kind}
+    if kind == "llama3":
+        scaling["original_max_position_embeddings"] = rope.get(
+            "original_max_position_embeddings", positions)
+        for key in ("factor", "low_freq_factor", "high_freq_factor"):
+            if key not in rope:
+                refuse(f"llama3's rope_scaling lacks {key}")
+            scaling[key] = rope[key]
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:

@@ -143,6 +143,7 @@ def test_a_silent_config_means_what_transformers_means(kind):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ({"hidden_size": "wide"}, "hidden-size"), ({"rope_scaling": "yes"}, "rope_scaling"),
 ])
 def test_foreign_configs_are_refused_by_field_and_file(changes, words):
     values = {**hf.config_to_hf(make_config({})), **changes}
