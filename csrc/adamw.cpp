@@ -304,10 +304,6 @@ double block_sum(const NormJob& job, int64_t block) {
   return block_sum<bf16>(job, begin, size);
 }
 
-at::Tensor grad_norm_meta(at::TensorList grads) {
-  return at::empty({}, at::TensorOptions().dtype(at::kFloat).device(at::kMeta));
-}
-
 }  // namespace
 
 AdamWScalars::AdamWScalars(double lr, double beta1, double beta2, double eps, double weight_decay,
@@ -400,7 +396,5 @@ TORCH_LIBRARY_IMPL(fastllm_cpu, CPU, m) {
   m.impl("adamw_step_", adamw_step);
   m.impl("grad_norm", grad_norm);
 }
-
-TORCH_LIBRARY_IMPL(fastllm_cpu, Meta, m) { m.impl("grad_norm", grad_norm_meta); }
 
 }  // namespace fastllm
