@@ -1,1 +1,1 @@
-"""Fused Triton kernels, one op a file; installed as fastllm.kernels. Nothing runs or registers on this import."""
+"""Fused Triton kernels, one op a file; installed as fastllm.kernels. This import runs nothing."""

@@ -27,7 +27,8 @@ def narrow(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     # Adding 0x7FFF plus the lowest kept bit carries exactly when nearest-even rounds up.
     rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return np.where(np.isnan(values), np.uint16(0x7FC0), (rounded >> np.uint32(16)).astype(np.uint16))
+    upper = (rounded >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), upper)
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -47,7 +48,7 @@ def _narrowed(handle: Any) -> Any:
 
 
 def _through_float32(stock: Any, operands: int) -> Any:
-    """A builder method whose first `operands` arguments may be bfloat16, and then so is its result."""
+    """A builder method whose first `operands` arguments, and so its result, may be bfloat16."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         handles = args[:operands]
@@ -101,8 +102,9 @@ def _mend_arithmetic() -> None:
     Builder.create_dot, interpreter.ReduceOps.sum = create_dot, reduce_sum
 
 
-def _mend_arguments() -> None:
+def _mend_launches() -> None:
     stock_convert, stock_patch = interpreter._implicit_cvt, interpreter._patch_lang_tensor
+    stock_launch = interpreter.GridExecutor.__call__
 
     def implicit_convert(argument: Any) -> Any:
         if isinstance(argument, float):
@@ -115,6 +117,12 @@ def _mend_arguments() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
         return result
 
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # exp overflowing to infinity is ordinary in a kernel: a GPU does not warn of it either.
+        with np.errstate(all="ignore"):
+            return stock_launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch
     interpreter._implicit_cvt = implicit_convert
     interpreter._patch_lang_tensor = patch_lang_tensor
 
@@ -126,4 +134,4 @@ def install() -> None:
     Builder.fastllm_mends = True
     _mend_casts()
     _mend_arithmetic()
-    _mend_arguments()
+    _mend_launches()

@@ -69,7 +69,7 @@ def require(op: str, *tensors: Tensor) -> None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x (..., N) as (rows, N) with unit stride along N: a view where the strides allow, else a copy."""
+    """x (..., N) as (rows, N) with unit stride along N: a view where strides allow, else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(0, 0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 

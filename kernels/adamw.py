@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import cdiv, jit, require, tl
+from ._triton import jit, require, tl
 
 CHUNK = 16384  # elements a program updates
 BLOCK = 2048
@@ -251,8 +251,8 @@ def check(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
             if tensor is None:
                 continue
             if tensor.shape != p.shape or not (name == "grads" or tensor.is_contiguous()):
-                raise ValueError(f"adamw_step: {name}[{i}] {tuple(tensor.shape)} must be contiguous "
-                                 f"and of its parameter's shape {tuple(p.shape)}")
+                raise ValueError(f"adamw_step: {name}[{i}] {tuple(tensor.shape)} must be "
+                                 f"contiguous and of its parameter's shape {tuple(p.shape)}")
             if name not in ("params", "grads") and tensor.dtype not in wide:
                 raise ValueError(f"adamw_step: {name}[{i}] is {tensor.dtype}, not float32")
         if master is None and p.dtype not in wide and not (
@@ -263,7 +263,8 @@ def check(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
             raise ValueError(f"adamw_step: params[{i}] is float32 and its own master; masters[{i}] "
                              "must be None")
         if stochastic_rounding and p.dtype == torch.float16:
-            raise ValueError(f"adamw_step: params[{i}] is float16; stochastic_rounding is for bfloat16")
+            raise ValueError(f"adamw_step: params[{i}] is float16, but stochastic_rounding is for "
+                             "bfloat16")
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def _checked(labels: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, Ten
 
 
 def reduce(losses: Tensor, labels: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """Per-token losses as they are, summed, or summed over the count of trained tokens (at least 1)."""
+    """Per-token losses as they are, summed, or averaged over the trained tokens (0 without any)."""
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -67,7 +67,7 @@ def reference(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
 
 def overwrite_reference(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float,
                         z_loss: float, softcap: float | None) -> Tensor:
-    """Per-token losses; each row of logits becomes its loss's gradient. Closed form, no autograd."""
+    """Per-token losses; each row of logits becomes its loss's gradient. No autograd in it."""
     index, ignored, poison = _checked(labels, logits.shape[-1], ignore_index)
     capped = _cap(logits, softcap)
     lse = capped.logsumexp(-1)

@@ -171,8 +171,8 @@ def _each_fake(hidden: Tensor, *_: Any) -> Tensor:
 
 @torch.library.custom_op("fastllm::linear_cross_entropy_backward", mutates_args=())
 def _each_backward(upstream: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor,
-                   ignore_index: int, label_smoothing: float, z_loss: float,
-                   softcap: float | None, chunk_size: int | None, parts: str) -> tuple[Tensor, Tensor]:
+                   ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
+                   chunk_size: int | None, parts: str) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight for upstream gradients (T,), from logits made again."""
     _, dhidden, dweight = _loop(
         hidden, weight, labels, upstream, (ignore_index, label_smoothing, z_loss, softcap),

@@ -1,6 +1,7 @@
 """Rotary position embedding of queries and keys in one launch (rotate-half, as Hugging Face).
 
-q (B, S, Hq, D), k (B, S, Hkv, D) of one type, any strides; cos, sin (S, D/2) or (B, S, D/2) float32:
+q (B, S, Hq, D), k (B, S, Hkv, D) of one type, any strides; cos, sin (S, D/2) or (B, S, D/2),
+float32:
     out[..., :D/2] = x1 cos - x2 sin      out[..., D/2:] = x2 cos + x1 sin      (x1, x2 the halves)
 in float32, rounded once. The rotation is orthogonal: its backward is itself with sin negated.
 Floor, e bytes an element, T = BS tokens: 2eT(Hq + Hkv)D + 8SD/2 either way.
@@ -65,7 +66,8 @@ def _kernel(q, k, cos, sin, q_out, k_out, tokens, sequence, half, cos_batch, cos
 
 
 @torch.library.custom_op("fastllm::rope", mutates_args=())
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+            backward: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated forward or backward, contiguous."""
     require("rope", q, k, cos, sin)
     q_out, k_out = _rotate_fake(q, k, cos, sin, backward)
@@ -129,7 +131,8 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, per_row: bool
            layout: str = "contiguous") -> Call:
     batch, sequence, q_heads, k_heads, dim = shape
     if layout == "fused":
-        both = normal((batch, sequence, q_heads + k_heads, dim), dtype, device, generator, grad=False)
+        both = normal((batch, sequence, q_heads + k_heads, dim), dtype, device, generator,
+                      grad=False)
         q, k = (part.requires_grad_() for part in both.split((q_heads, k_heads), 2))
     elif layout == "transposed":
         q, k = (normal((batch, heads, sequence, dim), dtype, device, generator, grad=False)
