@@ -1,0 +1,57 @@
+"""kill -9 at random moments, then --resume: the end is bitwise that of a run left alone."""
+
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from fastllm import checkpoint
+
+STEPS, KILLS = 150, 20
+
+
+def command(folder, *more):
+    return [sys.executable, "-m", "fastllm", "pretrain", *tiny.arguments(folder, **{
+        "train.steps": STEPS, "checkpoint.every": 10, "eval.every": 50}), *more]
+
+
+def final_hash(folder):
+    newest = checkpoint.newest(folder / "run" / "checkpoints")
+    assert newest.step == STEPS
+    return newest.state["state_hash"]
+
+
+@pytest.mark.battery
+def test_twenty_kills(tmp_path):
+    """Each trial is killed once at a moment drawn over the whole life of the process, then resumed."""
+    (tmp_path / "alone").mkdir()
+    start = time.monotonic()
+    subprocess.run(command(tmp_path / "alone"), check=True, capture_output=True)
+    life = time.monotonic() - start
+    expected = final_hash(tmp_path / "alone")
+    draw = random.Random(2)
+    equal, killed_at = 0, []
+    for trial in range(KILLS):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        # Half of the kills fall evenly over the process's life, half into its training part.
+        moment = draw.uniform(0.2, life) if trial % 2 else draw.uniform(0.6 * life, life)
+        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        saved = [path.name for path in checkpoint.steps(folder / "run" / "checkpoints")]
+        killed_at.append(saved[-1] if saved else "before the first checkpoint")
+        done = subprocess.run(command(folder, "--resume"), capture_output=True, text=True,
+                              check=False)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        equal += final_hash(folder) == expected
+    print(killed_at)
+    assert equal == KILLS
+    assert len(set(killed_at)) > 3, "the kills did not fall at different moments of training"
