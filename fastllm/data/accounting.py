@@ -1,7 +1,8 @@
 """Where every record of the sources went: used, skipped by a named rule, or rejected with a reason.
 
-A record is a line of txt and jsonl, a row of csv and parquet, an element of a json list, a docstring
-of python-docs. The three counts add up to the records read; `Report.check` holds them to it.
+A record is a line of txt and jsonl, a row of csv and parquet, an element of a json list, a
+docstring of python-docs. The three counts add up to the records read; `Report.check` holds them
+to it.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,7 @@ import inspect
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fastllm.config import UserError
@@ -66,7 +66,7 @@ def read_module(path: Path, name: str, seen: set[str]) -> Iterator[Record]:
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """Classes and functions of a body, those under `if` and `try` too, not those inside functions."""
+    """Classes and functions of a body, under `if` and `try` too, not inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
@@ -75,7 +75,7 @@ def _definitions(node: ast.AST) -> Iterator[Definition]:
 
 
 def _blocks(
-    node: ast.Module | ast.ClassDef, heading: str, prefix: str, functions: list[Definition]
+    node: ast.Module | ast.ClassDef, heading: str, prefix: str, functions: Sequence[Definition]
 ) -> Iterator[Block]:
     """(line, heading, docstring) of a module or class and then of its functions."""
     if text := ast.get_docstring(node, clean=True):
@@ -111,7 +111,7 @@ def _document(blocks: Iterator[Block], seen: set[str]) -> Iterator[Record]:
             first = first or line
             parts.append(f"{heading}\n\n{text}")
     if parts:
-        yield Record(first, "\n\n\n".join(parts), len(parts))
+        yield Record(first, "\n\n\n".join(parts), records=len(parts))
 
 
 def _topics(tree: ast.Module) -> Iterator[Record]:

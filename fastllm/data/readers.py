@@ -22,11 +22,11 @@ UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class Record(NamedTuple):
-    """A text, or the rule that skips it, or what is wrong with it. `count` records, from `line` on."""
+    """A text, or the rule that skips it, or what is wrong. `records` of them, from `line` on."""
 
     line: int
     text: str = ""
-    count: int = 1
+    records: int = 1
     skipped: str = ""
     rejected: str = ""
     reason: str = ""
@@ -154,7 +154,7 @@ def read_txt(path: Path, documents: str, separator: str | None, limit: int) -> I
             if gathered.lines and (ends or full or (runs and len(blanks) >= runs)):
                 yield gathered.take()
             if blanks and (ends or not gathered.lines):
-                yield Record(blanks[0][0], count=len(blanks), skipped="blank line")
+                yield Record(blanks[0][0], records=len(blanks), skipped="blank line")
             elif blanks:
                 for blank in blanks:
                     gathered.add(*blank)
@@ -166,7 +166,7 @@ def read_txt(path: Path, documents: str, separator: str | None, limit: int) -> I
     if gathered.lines:
         yield gathered.take()
     if blanks:
-        yield Record(blanks[0][0], count=len(blanks), skipped="blank line")
+        yield Record(blanks[0][0], records=len(blanks), skipped="blank line")
 
 
 # jsonl, json ----------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ def from_fields(line: int, value: Any, fields: list[str]) -> Record:
     for name in fields:
         if name not in value:
             has = ", ".join(map(repr, list(value)[:8])) or "none"
-            return Record(line, rejected="missing field", reason=f"no field {name!r} (it has {has})")
+            reason = f"no field {name!r} (it has {has})"
+            return Record(line, rejected="missing field", reason=reason)
         if not isinstance(value[name], str):
             reason = f"field {name!r} is {_type_name(value[name])}, expected a string"
             return Record(line, rejected="wrong type", reason=reason)

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders and globs of five formats, or the running Python's own prose.
+"""Where text comes from: files, folders and globs of five formats, or the running Python's prose.
 
 `read_documents` is the one way in: it yields the documents in a fixed order and accounts for every
 record. `DataConfig` is what the user may set about it.
@@ -24,7 +24,7 @@ from fastllm.data.accounting import Report
 from fastllm.data.readers import Record
 
 Progress = Callable[[str, int, int | None], None]
-"""progress(stage, done, total): called often while something long runs; total is None if unknown."""
+"""progress(stage, done, total): called often in long work; total is None where it is unknown."""
 
 SUFFIXES = {
     "txt": (".txt", ".text", ".md", ".rst"),
@@ -42,14 +42,14 @@ class DataConfig:
     path: list[str] = field(default_factory=list)
     """Files, folders (read recursively, in sorted order) and globs."""
     format: Literal["auto", "txt", "jsonl", "json", "csv", "parquet", "python-docs"] = "auto"
-    """auto goes by the file's ending; python-docs is the prose of the running Python's own library."""
+    """auto goes by the file's ending; python-docs is the prose of the running Python's library."""
     text_fields: list[str] = field(default_factory=lambda: ["text"])
     """Fields (or columns) that make a document; several are joined by a newline."""
     txt_documents: Literal["auto", "blank-line", "line", "file"] = "auto"
     """What a document is in a text file. auto: the widest of three, two or one blank lines that
     separates at least 100 documents; failing that the whole file, cut at line ends every 64 KiB."""
     txt_separator: str | None = None
-    """A line that ends a document in a text file, such as <|endoftext|>; used instead of auto's rule."""
+    """A line that ends a document in a text file, such as <|endoftext|>, instead of auto's rule."""
     holdout: Annotated[float, pydantic.Field(ge=0.0, le=0.5)] = 0.01
     """Fraction of the documents held out for evaluation, chosen by the hash of their text, so that
     copies of a document stay on one side. At least 8 documents where there are 160 or more."""
@@ -64,9 +64,10 @@ class DataConfig:
     verify: bool = True
     """Hash the prepared files each time that they are opened."""
     pack: bool = True
-    """Fill each row with several documents (attention does not cross them); false: one a row, padded."""
+    """Fill rows with several documents, which do not see one another; false: one a row, padded."""
     num_workers: Annotated[int, pydantic.Field(ge=0)] = 1
-    """Threads that make batches ahead of time; 0 makes each when it is asked for. Same batches always."""
+    """Threads that make batches ahead of time; 0: each is made when it is asked for. The batches
+    are the same."""
 
 
 class SourceFile(NamedTuple):
@@ -78,7 +79,7 @@ class SourceFile(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text and where it came from: `file` indexes the list of source files, `line` is the first."""
+    """A text and where it came from: `file` indexes the source files, `line` is its first line."""
 
     text: str
     num_bytes: int
@@ -95,9 +96,9 @@ def text_hash(data: bytes) -> int:
 def held_out(hashes: np.ndarray, holdout: float) -> np.ndarray:
     """Which documents are held out. hashes (N,) uint64 -> (N,) bool.
 
-    A document is held out when its hash lies in the lowest `holdout` of the range, whatever else the
-    sources hold, so a document does not change sides when others are added. Where that leaves fewer
-    than 8 (or a twentieth of a small source, at least one), the next hashes in order fill up.
+    A document is held out when its hash lies in the lowest `holdout` of the range, whatever else
+    the sources hold, so it does not change sides when others are added. Where that leaves fewer
+    than 8 (or than a twentieth of a small source, at least one), the next hashes in order fill up.
     """
     unique = np.unique(hashes)
     if holdout == 0 or len(unique) < 2:
@@ -142,7 +143,7 @@ def _in_folder(folder: Path, config: DataConfig, report: Report) -> list[Path]:
 
 
 def find_files(config: DataConfig, report: Report) -> list[SourceFile]:
-    """The source files in reading order. UserError for what is missing, empty or of no known format."""
+    """The source files in reading order. UserError for what is missing, empty or of no format."""
     if config.format == "python-docs":
         if config.path:
             raise UserError("data.path must be empty with data.format python-docs")
@@ -206,21 +207,23 @@ def read_documents(
     docstrings: set[str] = set()
     done, total = 0, sum(file.path.stat().st_size for file in files)
     for index, file in enumerate(files):
+        read, size = 0, file.path.stat().st_size
         try:
             for record in _records(file, config, docstrings):
                 if document := _document(record, file, index, report, config.on_bad):
                     if config.deduplicate and document.hash in seen:
-                        report.skip("duplicate", record.count)
+                        report.skip("duplicate", record.records)
                         continue
                     if config.deduplicate:
                         seen.add(document.hash)
-                    report.use(record.count, document.num_bytes)
+                    report.use(record.records, document.num_bytes)
                     yield document
+                    read += document.num_bytes
                     if progress and report.documents % 256 == 0:
-                        progress(stage, done, total)
+                        progress(stage, done + min(read, size), total)
         except OSError as error:
             raise UserError(f"cannot read {file.name}: {error.strerror or error}") from error
-        done += file.path.stat().st_size
+        done += size
         if progress:
             progress(stage, done, total)
     report.check()
@@ -232,13 +235,13 @@ def _document(
 ) -> Document | None:
     where = f"{file.name}:{record.line}"
     if record.rejected:
-        report.reject(where, record.rejected, record.reason, record.count)
+        report.reject(where, record.rejected, record.reason, record.records)
         if on_bad == "error":
             raise UserError(f"{where}: {record.reason}")
     elif record.skipped:
-        report.skip(record.skipped, record.count)
+        report.skip(record.skipped, record.records)
     elif not record.text.strip():
-        report.skip("empty text", record.count)
+        report.skip("empty text", record.records)
     else:
         data = record.text.encode("utf-8")
         return Document(record.text, len(data), text_hash(data), index, record.line)
@@ -246,7 +249,7 @@ def _document(
 
 
 class FileHashes:
-    """SHA-256 of files, remembered by (path, size, time of change) so that a file is hashed once."""
+    """SHA-256 of files, remembered by path, size and time of change: a file is hashed once."""
 
     def __init__(self, remembered: Path) -> None:
         self.remembered = remembered
@@ -279,7 +282,7 @@ class FileHashes:
 def source_fingerprint(
     config: DataConfig, files: list[SourceFile], cache: Path, progress: Progress | None = None
 ) -> str:
-    """Hex SHA-256 of the files' contents, names and order and of the settings that shape documents."""
+    """Hex SHA-256 of the files' contents, names, order and of the settings that shape documents."""
     settings = {
         name: getattr(config, name)
         for name in ("text_fields", "txt_documents", "txt_separator", "holdout", "deduplicate",

@@ -1,8 +1,8 @@
-"""Byte-level BPE: trained here or read from any tokenizer.json. Every UTF-8 text round-trips exactly.
+"""Byte-level BPE: trained here or read from any tokenizer.json. Every UTF-8 text round-trips.
 
 Special tokens exist as ids only: text that spells `<|eos|>` is encoded as the characters it is, so
-data cannot end a document or begin a turn. Source of the pre-tokenisation: the pattern that GPT-4
-and Llama 3 use (contractions, letters with one leading mark, up to three digits, punctuation, space).
+data cannot end a document or begin a turn. Source of the pre-tokenisation: the rule of GPT-4 and
+Llama 3 (contractions, letters with one leading mark, up to three digits, punctuation, space).
 """
 
 import hashlib
@@ -52,11 +52,11 @@ class TokenizerConfig:
     max_digits: Annotated[int, pydantic.Field(ge=1, le=3)] = 3
     """Longest run of digits in one token: 3 as in Llama 3, 1 as in Qwen."""
     max_token_bytes: Annotated[int, pydantic.Field(ge=2)] = 32
-    """Longest token to learn, in bytes: keeps rulers such as ======== from filling the vocabulary."""
+    """Longest token to learn, in bytes: keeps rulers such as ====== from filling the vocabulary."""
     train_bytes: Annotated[int, pydantic.Field(gt=0)] = 256 << 20
     """Train on about this much text; of more, on a sample of documents chosen by their hash."""
     bos_token: str | None = None
-    """The token that begins a document, in a tokenizer.json that does not call it by a known name."""
+    """The token that begins a document, where tokenizer.json has no known name for it."""
     eos_token: str | None = None
     """The token that ends a document, likewise."""
     pad_token: str | None = None
@@ -125,11 +125,16 @@ class Tokenizer:
         return len(text.encode("utf-8"))
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json (at `path` where that ends in .json, else in the folder `path`) and
-        a tokenizer_config.json beside it, as transformers' AutoTokenizer reads them."""
+        """Writes the tokenizer to `path`, or to tokenizer.json in it where it is not a .json name.
+
+        Beside a file called tokenizer.json goes a tokenizer_config.json with the names of bos, eos
+        and pad, so that `load_tokenizer` and transformers' AutoTokenizer find the same three.
+        """
         target = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         self._inner.save(str(target))
+        if target.name != "tokenizer.json":
+            return
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast",
                                   "eos_token": self.eos_token, "pad_token": self.pad_token,
                                   "clean_up_tokenization_spaces": False}
@@ -158,7 +163,7 @@ def _named_beside(path: Path) -> dict[str, str]:
 
 
 def load_tokenizer(path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
-    """Reads a tokenizer.json (or the folder that holds it). UserError where it is missing or broken."""
+    """Reads a tokenizer.json, or the one in a folder. UserError where it is missing or broken."""
     import tokenizers
 
     config = config or TokenizerConfig()
@@ -189,8 +194,9 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig | None = None) -> T
 
 
 def _pattern(max_digits: int) -> str:
-    return (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%d}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+" % max_digits)
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return rf"{words}|\p{{N}}{{1,{max_digits}}}|{rest}"
 
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -214,11 +220,16 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     tokenizer = Tokenizer(inner, bos=BOS, eos=EOS, pad=PAD)
+    note_short_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def note_short_vocabulary(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """Says so in the notes where the text was too small for the vocabulary that was asked for."""
     if tokenizer.vocab_size < config.vocab_size:
         tokenizer.notes.append(
-            f"the text supports {tokenizer.vocab_size:,} tokens, not the {config.vocab_size:,} asked "
-            "for: no pair of tokens is left that occurs twice; the model gets the smaller vocabulary")
-    return tokenizer
+            f"the text supports {tokenizer.vocab_size:,} tokens, not the {config.vocab_size:,} "
+            "asked for (no pair of tokens is left that occurs twice)")
 
 
 def train_tokenizer(
@@ -243,7 +254,7 @@ def train_tokenizer(
     held = set(every[held_out(every, data.holdout)].tolist())
     texts = [text for key, text in kept if key not in held]
     if not texts:
-        raise UserError("no document is left to train the tokenizer on: raise tokenizer.train_bytes")
+        raise UserError("no document is left to train the tokenizer on; see tokenizer.train_bytes")
     if progress:
         progress("training the tokenizer", 0, None)
     tokenizer = train_bpe(texts, config)

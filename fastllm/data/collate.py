@@ -1,0 +1,78 @@
+"""Rows of a packing as one batch of tensors that knows where each document begins."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastllm.data.packing import Packing, ranges
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Batch:
+    """B rows of S positions. Segments are pieces of documents, and each row's padding tail.
+
+    input_ids (B, S) int64. labels (B, S) int64, already shifted: the token after input_ids, -100
+    where nothing is trained. position_ids (B, S) int64, from 0 in each segment. cu_seqlens (N+1,)
+    int32: where segments begin in the flattened B*S positions, from 0 to B*S. max_seqlen: the
+    longest segment. num_tokens: labels that are trained.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on another device."""
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return Batch(move(self.input_ids), move(self.labels), move(self.position_ids),
+                     move(self.cu_seqlens), self.max_seqlen, self.num_tokens)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which copies to a GPU overlap with its work."""
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(),
+                     self.position_ids.pin_memory(), self.cu_seqlens.pin_memory(),
+                     self.max_seqlen, self.num_tokens)
+
+
+def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int) -> Batch:
+    """The batch of the given rows. tokens (T,) any unsigned type; rows (B,) int, -1: an empty row.
+
+    An empty row is padding throughout, with nothing to train: it fills up the last batch.
+    """
+    size, seq_len = len(rows), packing.seq_len
+    rows = np.asarray(rows, dtype=np.int64)
+    first = packing.row_start[rows]
+    count = np.where(rows >= 0, packing.row_start[rows + 1] - first, 0)
+    pieces = ranges(first, count)
+    length = packing.length[pieces].astype(np.int64)
+    row_of = np.repeat(np.arange(size), count)
+
+    used = np.bincount(row_of, weights=length, minlength=size).astype(np.int64)
+    before = np.cumsum(length) - length - np.repeat(np.cumsum(used) - used, count)
+    begin = row_of * seq_len + before
+    target, source = ranges(begin, length), ranges(packing.start[pieces], length)
+    tails = np.arange(size) * seq_len + used
+
+    input_ids = np.full(size * seq_len, pad_id, dtype=np.int64)
+    labels = np.full(size * seq_len, IGNORE_INDEX, dtype=np.int64)
+    input_ids[target] = tokens[source]
+    labels[target] = tokens[source + 1]
+    starts = np.sort(np.concatenate([begin, tails[used < seq_len]]))
+    cu_seqlens = np.append(starts, size * seq_len)
+    lengths = np.diff(cu_seqlens)
+    position_ids = ranges(np.zeros_like(lengths), lengths)
+
+    def shaped(flat: np.ndarray) -> Tensor:
+        return torch.from_numpy(flat).view(size, seq_len)
+
+    return Batch(shaped(input_ids), shaped(labels), shaped(position_ids),
+                 torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max()), len(target))

@@ -1,0 +1,307 @@
+"""From sources to tokens on disk, once: later runs on the same text and settings open them.
+
+The folder's name is a hash of what decides its content. It is written under another name, synced,
+and renamed; one process writes while others wait; a damaged one is made again, and that is said.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fastllm.config import UserError
+from fastllm.data import store
+from fastllm.data.accounting import Report
+from fastllm.data.sources import (
+    DataConfig,
+    Document,
+    Progress,
+    SourceFile,
+    find_files,
+    held_out,
+    read_documents,
+    source_fingerprint,
+)
+from fastllm.data.store import TokenDataset, TokenStore
+from fastllm.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    note_short_vocabulary,
+    train_tokenizer,
+)
+
+BATCH_BYTES = 1 << 20
+"""Text that is encoded at a time: enough for every core, little in memory."""
+
+
+@dataclass
+class Prepared:
+    """Tokens ready to train on, with what encoded them and the account of what they came from."""
+
+    store: TokenStore
+    tokenizer: Tokenizer
+    report: Report
+    pack: bool = True
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.train = TokenDataset(self.store, "train")
+        self.heldout = TokenDataset(self.store, "heldout")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of tokens, split and tokenizer."""
+        return self.store.fingerprint
+
+    def split(self, name: str) -> TokenDataset:
+        """The documents of "train" or of "heldout"."""
+        if name not in ("train", "heldout"):
+            raise ValueError(f"split must be 'train' or 'heldout', not {name!r}")
+        return self.train if name == "train" else self.heldout
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """UserError naming the document and the id where a token is not in a model's vocabulary."""
+        if found := self.store.first_at_least(vocab_size):
+            document, token = found
+            raise UserError(
+                f"{self.store.where(document)} (document {document}) has token id {token}, and the "
+                f"model's vocab_size is {vocab_size}: use the model's own tokenizer, or set "
+                f"model.vocab_size to {self.tokenizer.vocab_size} or more")
+
+    def summary(self) -> list[str]:
+        """Lines for a terminal: the account of the records, tokens of both splits, the notes."""
+        lines = self.report.summary()
+        for name, part in (("train", self.train), ("held out", self.heldout)):
+            rate = f", {part.num_bytes / part.num_tokens:.2f} bytes a token" if len(part) else ""
+            lines.append(f"{name}: {len(part):,} documents, {part.num_tokens:,} tokens, "
+                         f"{part.num_bytes:,} bytes{rate}")
+        lines.append(f"prepared: {self.store.folder}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer_config: TokenizerConfig | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Tokens of the sources, made now or found in the cache.
+
+    tokenizer: encodes the text; without it one is read from or trained by `tokenizer_config`, on
+    the documents that are not held out. vocab_size: of the model; every id is checked against it.
+    Raises UserError for sources that are missing, empty or unusable, for an id outside the model's
+    vocabulary, and for a cache that cannot be written. Where `data.path` is one folder that was
+    prepared before, that folder is opened, and is an error where it is damaged.
+    """
+    only = Path(data.path[0]).expanduser() if len(data.path) == 1 else None
+    if only is not None and (only / store.META).is_file():
+        prepared = open_prepared(only, verify=data.verify, pack=data.pack)
+    else:
+        prepared = _from_sources(data, tokenizer_config or TokenizerConfig(), tokenizer, progress)
+    if data.on_bad == "error" and prepared.report.num_rejected:
+        raise UserError(prepared.report.reasons[0])
+    if data.holdout > 0 and not len(prepared.heldout):
+        prepared.notes.append("one document: nothing can be held out (see data.txt_documents)")
+    if vocab_size is not None:
+        prepared.check_vocab(vocab_size)
+    return prepared
+
+
+def open_prepared(folder: Path, *, verify: bool = True, pack: bool = True) -> Prepared:
+    """Opens a prepared folder. UserError where it is not one, or is damaged."""
+    if fault := store.fault_of(folder, hashes=verify):
+        raise UserError(f"{folder} is not sound prepared data: {fault}; prepare it again")
+    opened = TokenStore(folder)
+    names = opened.meta["special"]
+    config = TokenizerConfig(bos_token=names["bos"], eos_token=names["eos"], pad_token=names["pad"])
+    return Prepared(opened, load_tokenizer(folder, config), Report.from_dict(opened.meta["report"]),
+                    pack=pack)
+
+
+def _from_sources(
+    data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer | None,
+    progress: Progress | None,
+) -> Prepared:
+    report = Report()
+    files = find_files(data, report)
+    cache = Path(data.cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        source = source_fingerprint(data, files, cache, progress)
+    except OSError as error:
+        raise UserError(f"data.cache_dir {cache} cannot be written: {error.strerror}") from error
+    notes: list[str] = []
+    if tokenizer is None:
+        tokenizer = _tokenizer(data, config, source, cache, notes, progress)
+    key = hashlib.sha256(json.dumps([store.FORMAT, source, tokenizer.fingerprint]).encode())
+    folder = cache / key.hexdigest()[:24]
+
+    def build(temporary: Path) -> None:
+        _write(temporary, data, files, tokenizer, report, progress)
+
+    def fault(place: Path) -> str | None:
+        return store.fault_of(place, hashes=data.verify)
+
+    notes += _made_once(folder, fault, build, progress)
+    opened = TokenStore(folder)
+    account = Report.from_dict(opened.meta["report"])
+    return Prepared(opened, tokenizer, account, pack=data.pack, notes=notes + tokenizer.notes)
+
+
+def _tokenizer(
+    data: DataConfig, config: TokenizerConfig, source: str, cache: Path, notes: list[str],
+    progress: Progress | None,
+) -> Tokenizer:
+    """The configured tokenizer: read from its path, or trained once and kept in the cache."""
+    if config.path is not None:
+        return load_tokenizer(config.path, config)
+    import tokenizers
+
+    what = [store.FORMAT, source, dataclasses.asdict(config), tokenizers.__version__]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache / f"tokenizer-{key}"
+
+    def build(temporary: Path) -> None:
+        trained, _ = train_tokenizer(data, config, progress)
+        trained.save(temporary / store.TOKENIZER)
+        (temporary / "fingerprint").write_text(trained.fingerprint, "utf-8")
+
+    def fault(place: Path) -> str | None:
+        if not place.exists():
+            return store.ABSENT
+        try:
+            expected = (place / "fingerprint").read_text("utf-8")
+            return None if load_tokenizer(place).fingerprint == expected else "its hash differs"
+        except (OSError, UserError, UnicodeDecodeError):
+            return "it cannot be read"
+
+    notes += _made_once(folder, fault, build, progress)
+    tokenizer = load_tokenizer(folder)
+    note_short_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def _write(
+    folder: Path, data: DataConfig, files: list[SourceFile], tokenizer: Tokenizer, report: Report,
+    progress: Progress | None,
+) -> None:
+    """Encodes the documents into `folder`, batch by batch; memory does not grow with the source."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    position, largest = 0, 0
+    documents = read_documents(data, files, report, progress, "tokenising")
+    with (folder / store.TOKENS).open("wb") as tokens, \
+            (folder / store.DOCUMENTS).open("wb") as records:
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            rows = [[*front, *ids, tokenizer.eos_id] for ids in encoded]
+            flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64)
+            largest = max(largest, int(flat.max()))
+            flat.astype(dtype).tofile(tokens)
+            table = np.empty(len(batch), dtype=store.DOCUMENT)
+            for at, (document, row) in enumerate(zip(batch, rows, strict=True)):
+                table[at] = (position, len(row), document.num_bytes, document.hash,
+                             document.line, document.file)
+                position += len(row)
+            table.tofile(records)
+    hashes = np.fromfile(folder / store.DOCUMENTS, dtype=store.DOCUMENT)["hash"]
+    held_out(hashes, data.holdout).astype(np.uint8).tofile(folder / store.HELDOUT)
+    tokenizer.save(folder / store.TOKENIZER)
+    store.write_meta(folder, {
+        "dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "max_token_id": largest,
+        "tokenizer": tokenizer.fingerprint, "sources": [file.name for file in files],
+        "special": {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token,
+                    "pad": tokenizer.pad_token},
+        "num_documents": report.documents, "num_tokens": position, "report": report.to_dict(),
+    })
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _made_once(
+    folder: Path, fault: Callable[[Path], str | None], build: Callable[[Path], None],
+    progress: Progress | None,
+) -> list[str]:
+    """Makes `folder` by `build` unless it is there and sound; returns what the user should know.
+
+    Processes that want the same folder wait for the one that makes it.
+    """
+    if fault(folder) is None:
+        return []
+    try:
+        with _locked(folder.with_name(f"{folder.name}.lock"), progress):
+            found = fault(folder)
+            if found is None:
+                return []
+            # We hold the lock, so what another process left half-made has no owner.
+            for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+                shutil.rmtree(leftover)
+            temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+            temporary.mkdir()
+            try:
+                build(temporary)
+                _sync(temporary)
+                if folder.exists():
+                    os.replace(folder, folder.with_name(f"{folder.name}.tmp-damaged"))
+                os.replace(temporary, folder)
+                _sync_entry(folder.parent)
+            finally:
+                for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write prepared data to {folder.parent}: "
+                        f"{error.strerror or error}; free some space or set data.cache_dir"
+                        ) from error
+    return [] if found == store.ABSENT else [f"{folder} was damaged ({found}); it was made again"]
+
+
+@contextmanager
+def _locked(path: Path, progress: Progress | None) -> Iterator[None]:
+    """Holds an advisory lock on `path`; it goes with the process, however that ends."""
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                progress("waiting for another process that prepares the same data", 0, None)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(folder: Path) -> None:
+    """The files and then the folder reach the disk before the rename does."""
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _sync_entry(folder)
+
+
+def _sync_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
