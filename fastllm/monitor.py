@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Monitor:
         self._sampled_at: float | None = None
         self._last_power: tuple[float, float] | None = None  # (seconds, watts)
         self._integrated = 0.0
+        self._peak_resident = 0
         if device.type == "cuda":
             self._open()
         self._counter_start = self._read("nvmlDeviceGetTotalEnergyConsumption")
@@ -103,7 +105,9 @@ class Monitor:
         """Peak so far: allocated by torch on a GPU, resident in this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _peak_resident_bytes()
+        # The kernel's own peak can fall by a few pages: it adds up counters kept by each core.
+        self._peak_resident = max(self._peak_resident, _peak_resident_bytes())
+        return self._peak_resident
 
     def sample(self) -> dict[str, float]:
         """Readings now, under names with units; {} on a CPU or without NVML.
@@ -211,18 +215,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(FLOP/s at most in a dense matmul, where the number comes from): the denominator of MFU.
 
     NVIDIA GPUs that are known by name: the data sheet (fp32 counts as TF32 where the user has
-    allowed it). Everything else, CPUs always: the best matmul measured in about 0.3 s. Torch's
-    random state is left as it was.
+    allowed it). Everything else, CPUs always: the best matmul measured in about 0.3 s; on a CPU that
+    is busy with other work in 1.5 s, and the source then says so. Torch's random state is left as
+    it was.
     """
     if device.type == "cuda":
         listed = _listed_flops(torch.cuda.get_device_name(device), dtype)
         if listed is not None:
             return listed
-    rate, size = _measured_flops(device, dtype)
+    busy = device.type == "cpu" and _busy()
+    rate, size = _measured_flops(device, dtype, 1.5 if busy else 0.3)
     where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device) \
         if device.type == "cuda" else f"this {device.type} device"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return rate, f"measured matmul on {where} ({dtype_name(dtype)}, {size}\u00b3{threads})"
+    doubt = "; it was busy, so the true peak may be higher" if busy else ""
+    return rate, f"measured matmul on {where} ({dtype_name(dtype)}, {size}\u00b3{threads}){doubt}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -278,7 +285,7 @@ def _listed_flops(name: str, dtype: torch.dtype) -> tuple[float, str] | None:
 
 @torch.no_grad()
 def _measured_flops(device: torch.device, dtype: torch.dtype,
-                    seconds: float = 0.3) -> tuple[float, int]:
+                    seconds: float) -> tuple[float, int]:
     """(best FLOP/s, edge of the square matrices) over a few sizes and both linear layers."""
     # Small sizes count too: on a busy machine a long matmul seldom runs undisturbed.
     sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096, 8192)
@@ -290,12 +297,17 @@ def _measured_flops(device: torch.device, dtype: torch.dtype,
         x = torch.randn(size, size, generator=generator, device=device).to(dtype)
         # The CPU may have a faster exact fp32 matmul than F.linear; MFU is against the faster one.
         for linear in (functional.linear, ops.linear):
-            took = _third_best_time(lambda fn=linear, x=x: fn(x, x), device, share)
+            took = _third_best_time(partial(linear, x, x), device, share)
             if 2 * size**3 / took > best:
                 best, best_size = 2 * size**3 / took, size
         if took > share:
             break
     return best, best_size
+
+
+def _busy() -> bool:
+    """Whether other work keeps the cores busy, so that threads of a matmul wait for one another."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)
 
 
 def _third_best_time(work: Callable[[], Any], device: torch.device, budget: float) -> float:

@@ -58,13 +58,18 @@ def _header(run: RunFolder, name: str) -> str:
     machine = gpus[0].get("name") if gpus and str(environment.get("device")) != "cpu" \
         else cpu.get("model")
     steps = run.last("step")
+    total = _number(run.summary.get("total_steps"))
+    whole = f" of {total:,}" if total and steps is not None and steps < total else ""
+    parameters = _number(run.summary.get("parameters"))
     facts = [
-        "no step recorded yet" if steps is None else "1 step" if steps == 1 else f"{steps:,} steps",
-        f"{compact(run.last('tokens'))} tokens" if run.last("tokens") is not None else None,
-        duration(_seconds(run)) if steps is not None else None,
+        f"{compact(parameters)} parameters" if parameters else None,
+        "no step recorded yet" if steps is None else
+        f"{steps:,}{whole} step{'s' if (total or steps) != 1 else ''}",
         machine,
         _moment(environment.get("recorded_at")),
     ]
+    if run.summary.get("stopped_by"):
+        facts.append(f"stopped by {run.summary['stopped_by']}")
     line = " \u00b7 ".join(escape(str(fact)) for fact in facts if fact)
     problems = "".join(f'<p class="problem">{escape(text)}</p>' for text in run.problems)
     return f'<header><h1>{escape(name)}</h1><p class="lede">{line}</p>{problems}</header>'
@@ -95,7 +100,7 @@ def _quality(run: RunFolder) -> list[tuple[str, str, str]]:
     if bpb is not None:
         beside = "on held-out text"
         if xz:
-            beside = f"xz \u22129 takes {xz:.3f}" if bpb < xz else f"xz \u22129 is ahead: {xz:.3f}"
+            beside = f"xz -9 takes {xz:.3f}" if bpb < xz else f"xz -9 is ahead: {xz:.3f}"
         tiles.append((f"{bpb:.3f}", "bits/byte", beside))
     losses = [v for v in run.evals.get("val_loss", []) if v is not None]
     if losses:
@@ -131,9 +136,9 @@ def _speed(run: RunFolder) -> list[tuple[str, str, str]]:
         tiles.append((value, unit, "peak memory"))
     if run.steps:
         tiles.append((duration(seconds), "", "training time"))
-    energy = _number(run.summary.get("energy_joules", run.last("energy_joules")))
-    if energy is not None and _number(tokens):
-        tiles.append((f"{energy / tokens * 1e3:.3g}", "mJ/token", f"{energy / 3.6e6:.3g} kWh"))
+    joules = _number(run.summary.get("joules_per_token"))
+    if joules is not None:
+        tiles.append((f"{joules * 1e3:.3g}", "mJ/token", "energy of the GPU"))
     if run.skipped:
         tiles.append((f"{len(run.skipped):,}", "",
                            "steps skipped: gradient not finite"))
@@ -207,7 +212,7 @@ def _bpb_chart(run: RunFolder) -> Chart | None:
     xz = _number(run.summary.get("xz_bpb"))
     return Chart("Held-out text", "bits per byte",
                  [Series("model", run.evals["step"], values, "orange", "dots")],
-                 reference=("xz \u22129 on the same bytes", xz) if xz else None)
+                 reference=("xz -9 on the same bytes", xz) if xz else None)
 
 
 def _metric_chart(run: RunFolder, title: str, key: str, unit: str, tone: str,
@@ -263,7 +268,17 @@ def _samples(run: RunFolder) -> str:
 
 
 def _data(run: RunFolder) -> str:
-    return _section("Data", _tables(run.data, "totals"))
+    return _section("Data", _account(run.data) + _tables(run.data, "totals"))
+
+
+def _account(data: Any) -> str:
+    """The sentence that must add up: records read = used + skipped + rejected."""
+    if not isinstance(data, Mapping) or _number(data.get("records")) is None:
+        return ""
+    skipped, rejected = (sum(group.values()) if isinstance(group := data.get(key), Mapping) else 0
+                         for key in ("skipped", "rejected"))
+    return (f"<p>{data['records']:,} records = {data.get('used', 0):,} used + {skipped:,} skipped "
+            f"+ {rejected:,} rejected</p>")
 
 
 def _config(run: RunFolder) -> str:
