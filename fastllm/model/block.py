@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 from fastllm import ops
 from fastllm.model.attention import Attention, KVCache
 from fastllm.model.config import ModelConfig
-from fastllm.model.layers import Linear, RMSNorm
+from fastllm.model.layers import Linear, RMSNorm, halves
 
 
 class MLP(nn.Module):
@@ -27,7 +27,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = halves(self.gate_up_proj(x))
         return self.down_proj(ops.swiglu(gate, up))
 
 
