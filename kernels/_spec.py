@@ -93,7 +93,7 @@ class Kernel:
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Every kernel of this folder, by name; each module without a leading underscore is imported."""
+    """Every kernel of this folder, by name; modules with a leading underscore are left out."""
     package = __name__.rpartition(".")[0]
     names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)])
                    if not found.name.startswith("_"))

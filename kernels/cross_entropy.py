@@ -94,6 +94,27 @@ def _capped(values, softcap, SOFTCAP: tl.constexpr):
 
 
 @jit
+def _load(source, column, vocab, softcap, SOFTCAP: tl.constexpr):
+    """Capped logits, -inf past the row's end."""
+    inside = column < vocab
+    # The second pass of a long row should find it in L2; nothing else here is read twice.
+    values = tl.load(source + column, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+    return tl.where(inside, _capped(values, softcap, SOFTCAP), -float("inf"))
+
+
+@jit
+def _add_block(values, column, vocab, peak, total, plain, SMOOTH: tl.constexpr):
+    """The online softmax: fold a block into the peak, the sum of exp above it, and the plain sum."""
+    higher = tl.maximum(peak, tl.max(values, axis=0))
+    # A block of -inf alone must add 0, not exp(-inf + inf).
+    anchor = tl.where(higher == -float("inf"), 0.0, higher)
+    total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor), axis=0)
+    if SMOOTH:
+        plain += tl.sum(tl.where(column < vocab, values, 0.0), axis=0)
+    return anchor, total, plain
+
+
+@jit
 def _gradient(values, column, label, peak, log_sum, z_slope, smoothing, even, softcap, factor,
               SOFTCAP: tl.constexpr):
     """d loss / d logit of a block of capped values, times `factor`."""
@@ -139,21 +160,15 @@ def _kernel(logits, labels, losses, stats, gradient, upstream, logits_stride, gr
     else:
         labelled = tl.load(source + label, mask=valid, other=0.0)
         labelled = _capped(labelled, softcap, SOFTCAP)
-        peak = -float("inf")
-        total = 0.0
-        plain = 0.0
-        for start in range(0, vocab, BLOCK):
-            inside = start + column < vocab
-            values = tl.load(source + start + column, mask=inside, other=-float("inf"),
-                             eviction_policy="evict_last")
-            values = tl.where(inside, _capped(values, softcap, SOFTCAP), -float("inf"))
-            higher = tl.maximum(peak, tl.max(values, axis=0))
-            # A block of -inf alone must add 0, not exp(-inf + inf).
-            anchor = tl.where(higher == -float("inf"), 0.0, higher)
-            total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor), axis=0)
-            peak = anchor
-            if SMOOTH:
-                plain += tl.sum(tl.where(inside, values, 0.0), axis=0)
+        if ONE:
+            values = _load(source, column, vocab, softcap, SOFTCAP)
+            peak, total, plain = _add_block(values, column, vocab, -float("inf"), 0.0, 0.0, SMOOTH)
+        else:
+            peak, total, plain = -float("inf"), 0.0, 0.0
+            for start in range(0, vocab, BLOCK):
+                at = start + column
+                peak, total, plain = _add_block(_load(source, at, vocab, softcap, SOFTCAP), at,
+                                                vocab, peak, total, plain, SMOOTH)
         log_sum = tl.log(total)
         loss = log_sum + (1.0 - smoothing) * (peak - labelled)
         if SMOOTH:
@@ -168,16 +183,14 @@ def _kernel(logits, labels, losses, stats, gradient, upstream, logits_stride, gr
             factor *= tl.load(upstream + row * upstream_stride).to(tl.float32)
         z_slope = 1.0 + 2.0 * z_loss * (peak + log_sum)
         even = smoothing / vocab
-        if ONE and not KNOWN:
+        if ONE:
             slope = _gradient(values, column, label, peak, log_sum, z_slope, smoothing, even,
                               softcap, factor, SOFTCAP)
             tl.store(target + column, slope.to(gradient.dtype.element_ty), mask=column < vocab)
         else:
             for start in range(0, vocab, BLOCK):
                 at = start + column
-                values = tl.load(source + at, mask=at < vocab, other=0.0,
-                                 eviction_policy="evict_first")
-                values = _capped(values, softcap, SOFTCAP)
+                values = _load(source, at, vocab, softcap, SOFTCAP)
                 slope = _gradient(values, at, label, peak, log_sum, z_slope, smoothing, even,
                                   softcap, factor, SOFTCAP)
                 tl.store(target + at, slope.to(gradient.dtype.element_ty), mask=at < vocab)
