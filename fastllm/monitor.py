@@ -215,21 +215,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(FLOP/s at most in a dense matmul, where the number comes from): the denominator of MFU.
 
     NVIDIA GPUs that are known by name: the data sheet (fp32 counts as TF32 where the user has
-    allowed it). Everything else, CPUs always: the best matmul measured in about 0.3 s; on a CPU that
-    is busy with other work in 1.5 s, and the source then says so. Torch's random state is left as
-    it was.
+    allowed it). Everything else, CPUs always: the best matmul measured in about 0.3 s. On a CPU
+    that is busy with other work, where threads wait for one another, one thread's rate times their
+    number if that is more, and the source says so. Torch's random state is left as it was.
     """
     if device.type == "cuda":
         listed = _listed_flops(torch.cuda.get_device_name(device), dtype)
         if listed is not None:
             return listed
-    busy = device.type == "cpu" and _busy()
-    rate, size = _measured_flops(device, dtype, 1.5 if busy else 0.3)
+    rate, size = _measured_flops(device, dtype)
+    doubt = ""
+    if device.type == "cpu" and _busy():
+        alone, alone_size = _one_thread_flops(device, dtype)
+        if alone > rate:
+            rate, size, doubt = alone, alone_size, ", from one thread because it was busy"
     where = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device) \
         if device.type == "cuda" else f"this {device.type} device"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    doubt = "; it was busy, so the true peak may be higher" if busy else ""
-    return rate, f"measured matmul on {where} ({dtype_name(dtype)}, {size}\u00b3{threads}){doubt}"
+    return rate, f"measured matmul on {where} ({dtype_name(dtype)}, {size}\u00b3{threads}{doubt})"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -285,7 +288,7 @@ def _listed_flops(name: str, dtype: torch.dtype) -> tuple[float, str] | None:
 
 @torch.no_grad()
 def _measured_flops(device: torch.device, dtype: torch.dtype,
-                    seconds: float) -> tuple[float, int]:
+                    seconds: float = 0.3) -> tuple[float, int]:
     """(best FLOP/s, edge of the square matrices) over a few sizes and both linear layers."""
     # Small sizes count too: on a busy machine a long matmul seldom runs undisturbed.
     sizes = (256, 512, 1024) if device.type == "cpu" else (1024, 2048, 4096, 8192)
@@ -303,6 +306,17 @@ def _measured_flops(device: torch.device, dtype: torch.dtype,
         if took > share:
             break
     return best, best_size
+
+
+def _one_thread_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """What the threads would reach if each were as fast as one alone; their number is restored."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rate, size = _measured_flops(device, dtype)
+    finally:
+        torch.set_num_threads(threads)
+    return threads * rate, size
 
 
 def _busy() -> bool:

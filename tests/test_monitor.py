@@ -225,17 +225,20 @@ def test_the_cpu_is_measured_within_reach_of_a_matmul_and_leaves_the_random_stat
     assert 1e7 < flops < 5e12 * torch.get_num_threads()
 
 
-@pytest.mark.parametrize(("load", "seconds", "said"), [(0.1, 0.3, False), (500.0, 1.5, True)])
-def test_a_busy_cpu_is_measured_for_longer_and_the_doubt_is_said(
-        monkeypatch, load, seconds, said):
-    asked = []
+@pytest.mark.parametrize(("load", "alone", "flops", "said"), [
+    (0.1, 9e11, 1e11, False), (500.0, 2e10, 1e11, False), (500.0, 9e11, 1.8e12, True)])
+def test_on_a_busy_cpu_a_faster_single_thread_sets_the_peak(monkeypatch, load, alone, flops, said):
+    """Two threads that wait for each other reach 1e11; one alone reaches `alone`."""
+    threads = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(monitor.os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(monitor, "_measured_flops",
-                        lambda *arguments: asked.append(arguments) or (1e11, 512))
-    flops, source = peak_flops(CPU, FP32)
-    assert flops == 1e11
-    assert asked == [(CPU, FP32, seconds)]
+                        lambda *_: (alone if threads[-1] == 1 else 1e11, 512))
+    measured, source = peak_flops(CPU, FP32)
+    assert measured == flops
     assert ("busy" in source) == said
+    assert threads[-1] == 2
 
 
 def test_measuring_takes_the_faster_of_the_two_linear_layers(monkeypatch):

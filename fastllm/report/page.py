@@ -344,7 +344,7 @@ def _cell(key: str, value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return "true" if value else "false"  # as in the file
     if isinstance(value, int) and key.endswith("_bytes"):
         return escape(data_size(value))
     if isinstance(value, int) and not key.endswith("seed"):

@@ -76,7 +76,9 @@ path.mark { stroke-width: 1.5; stroke-linecap: butt; }
 .note { font-size: 12.5px; margin: 8px 0 0; }
 .beyond { position: absolute; top: 0; right: 0; font-size: 12px; line-height: 1;
   color: var(--muted); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+.cards { columns: 300px; column-gap: 16px; }
+.cards .card { break-inside: avoid; }
+.cards .card + .card, .cards + .card, .card + .card { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 td { overflow-wrap: anywhere; }
 th, td { text-align: left; vertical-align: top; padding: 3px 0; font-weight: 400;
@@ -91,16 +93,15 @@ td.number { text-align: right; }
   margin: 0; }
 .sample b { font-weight: 600; color: var(--blue); }
 .lines { font-size: 13px; margin: 0; overflow-wrap: anywhere; }
-.cards + .card, .card + .cards { margin-top: 16px; }
 .stack { display: grid; gap: 12px; }
+.stack .card { margin: 0; }
 pre { font-size: 12.5px; overflow-x: auto; margin: 0; }
 footer { margin-top: 48px; color: var(--muted); font-size: 13px; }
 @media (max-width: 720px) {
   main { padding: 24px 14px 40px; } .charts { grid-template-columns: minmax(0, 1fr); }
   .wide .frame { grid-template-rows: 240px 22px; }
   .tile { flex-basis: 40%; } .tile.first b { font-size: 26px; }
-  .card, .chart { padding: 12px 12px 10px; } .legend { margin-left: 0; width: 100%; }
-  .cards { grid-template-columns: minmax(0, 1fr); } }
+  .card, .chart { padding: 12px 12px 10px; } .legend { margin-left: 0; width: 100%; } }
 @media print { body { background: none; } .chart, .card { break-inside: avoid; } }
 """
 
