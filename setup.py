@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 # -ffp-contract=off: a product and a sum round twice on every machine, so the scalar tail of a
 # loop and its vector body agree bit for bit. Vector code asks for FMA where it wants it.
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wall"]
 
 
 def extension():
