@@ -48,11 +48,11 @@ def lr_at(step: int, total_steps: int, base_lr: float, config: ScheduleConfig) -
     """The learning rate of step `step` of `total_steps`, counted from 0.
 
     The warm-up's steps take base_lr * (step + 1) / warm-up: the first is above zero, the last is
-    base_lr. From step `total_steps` on, the rate stays at its end.
+    base_lr. From step `total_steps` on, the rate stays as it is there.
     """
     if step < 0 or total_steps < 1:
         raise ValueError(f"step {step} of {total_steps}: step must be >= 0, total_steps >= 1")
-    warmup = warmup_steps(total_steps, config)
+    step, warmup = min(step, total_steps), warmup_steps(total_steps, config)
     if step < warmup:
         return base_lr * (step + 1) / warmup
     return base_lr * _ratio(step - warmup, total_steps - warmup, total_steps, config)
@@ -61,7 +61,7 @@ def lr_at(step: int, total_steps: int, base_lr: float, config: ScheduleConfig) -
 def _ratio(step: int, steps: int, total_steps: int, config: ScheduleConfig) -> float:
     """The part of base_lr at `step` of the `steps` after the warm-up."""
     floor = config.min_lr_ratio
-    progress = min(step / steps, 1.0) if steps > 0 else 1.0
+    progress = step / steps if steps > 0 else 1.0
     match config.name:
         case "constant":
             return 1.0
