@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 _LOAD_ERROR = ""
 try:
@@ -62,6 +62,15 @@ if available():
     @torch.library.register_fake("fastllm_cpu::swiglu_backward")
     def _(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         return gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1]))
+
+    @torch.library.register_fake("fastllm_cpu::attention")
+    def _(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake("fastllm_cpu::attention_backward")
+    def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
+          *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     @torch.library.register_fake("fastllm_cpu::cross_entropy")
     def _(logits: Tensor, labels: Tensor, *options: float) -> tuple[Tensor, Tensor]:
@@ -152,6 +161,35 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     return _SwiGluPacked.apply(gate_up)
 
 
+# -------------------------------------------------------------------------------------- attention
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, causal, scale):
+        out, lse = _OPS.attention(q, k, v, cu_seqlens, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.options = causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        grads = _OPS.attention_backward(grad, q, k, v, out, lse, cu_seqlens, *ctx.options)
+        return *grads, None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+              cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+    """softmax(q k^T scale) v; q (B, S, Hq, D), k and v (B, Skv, Hkv, D), Hq a multiple of Hkv.
+
+    cu_seqlens (N + 1,) are document boundaries over the B * S tokens (every row start is one):
+    tokens attend within their document. Without it Skv may exceed S (generation with a cache):
+    the last query then sees every key. scale is 1/sqrt(D) by default; max_seqlen is not needed.
+    """
+    return _Attention.apply(q, k, v, cu_seqlens, causal, scale)
+
+
 # ------------------------------------------------------------------------------------------- loss
 
 
@@ -170,8 +208,8 @@ class _CrossEntropy(torch.autograd.Function):
             gradient = _OPS.cross_entropy_backward(grad, logits, labels, lse, *ctx.options)
             return gradient, None, None, None
         if ctx.spent:
-            raise RuntimeError("cross_entropy(inplace=True): the first backward has overwritten the "
-                               "logits, a second one cannot run")
+            raise RuntimeError("cross_entropy(inplace=True): the first backward has overwritten "
+                               "the logits, a second one cannot run")
         ctx.spent = True
         out = logits.detach()
         _OPS.cross_entropy_backward_(grad, out, labels, lse, *ctx.options)
@@ -223,7 +261,8 @@ def matmul_backend() -> tuple[str, str]:
     vendor = _vendor()
     if "AMD" not in vendor:
         return "torch", f"torch's own BLAS is the fast one on this CPU ({vendor or 'unknown'})"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not torch.backends.mkldnn.is_available() or not has_op:
         return "torch", "this torch was built without oneDNN"
     return "onednn", f"{vendor}: oneDNN's fp32 matmul is about twice as fast as MKL's, and as exact"
 
@@ -257,7 +296,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     exact = (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
              and weight.numel() > 0 and not torch.is_autocast_enabled("cpu"))
     if not exact or matmul_backend()[0] != "onednn":
-        return F.linear(x, weight, bias)
+        return functional.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
 
