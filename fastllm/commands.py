@@ -13,6 +13,7 @@ from fastllm import checkpoint, config, data, doctor, generate
 from fastllm.config import UserError
 from fastllm.data import DataConfig, Tokenizer, TokenizerConfig
 from fastllm.evaluate import evaluate
+from fastllm.export import export
 from fastllm.generate import GenerateConfig
 from fastllm.model import Decoder, hf
 from fastllm.objectives import pretrain
@@ -22,7 +23,6 @@ from fastllm.run import (
     pick_device,
     prepare_data,
     training_dtype,
-    write_model,
 )
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -208,11 +208,11 @@ def export_model(path: str, settings: ExportRun) -> None:
     device = torch.device("cpu")
     dtype = None if settings.dtype == "auto" else training_dtype(settings.dtype, device)[0]
     model, tokenizer = open_model(path, device=device)
-    print(write_model(model, tokenizer, Path(settings.out), dtype))
+    print(export(model, settings.out, tokenizer=tokenizer, dtype=dtype))
 
 
 def info(settings: InfoRun) -> None:
     """`info`."""
-    print(doctor.render_info(doctor.info(pick_device(settings.device))))
+    print(doctor.render_info(doctor.info(pick_device(settings.device))), end="")
 
 

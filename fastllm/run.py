@@ -211,8 +211,7 @@ class _Run:
                 summary |= self.evaluate(self.model.eval())
                 summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
             summary["continuations"] = self.continuations()
-            tokenizer = self.prepared.tokenizer
-            write_model(self.model, tokenizer, self.folder / "model", None)
+            export(self.model, self.folder / "model", tokenizer=self.prepared.tokenizer)
         _json(self.folder / "summary.json", summary)
         return summary
 
@@ -294,19 +293,6 @@ def prepare_data(sources: DataConfig, tokenizer_config: TokenizerConfig, *,
     with data_progress() as progress:
         return data.prepare(sources, tokenizer_config, tokenizer=tokenizer,
                             vocab_size=vocab_size, progress=progress)
-
-
-def write_model(model: Decoder, tokenizer: Tokenizer, folder: Path,
-                dtype: torch.dtype | None) -> Path:
-    """Model and tokenizer in Hugging Face layout."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    source = folder.parent / ".tokenizer.json"
-    try:
-        tokenizer.save(source)
-        return export(model, folder, tokenizer=source, bos_token=tokenizer.bos_token,
-                      eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token, dtype=dtype)
-    finally:
-        source.unlink(missing_ok=True)
 
 
 def _open_folder(folder: Path, resume: bool) -> checkpoint.Checkpoint | None:
