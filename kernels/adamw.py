@@ -135,10 +135,10 @@ def _update(param, grad, exp_avg, exp_avg_sq, master, at, count, index, key, sca
 @jit
 def _pointer(table, field, tensors, tensor, kind: tl.constexpr, ALIGNED: tl.constexpr):
     """Entry `tensor` of a row of the table as a pointer; ALIGNED promises 16 bytes."""
-    address = tl.load(table + field * tensors + tensor)
+    pointer = tl.load(table + field * tensors + tensor).to(tl.pointer_type(kind))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(kind))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @jit

@@ -98,13 +98,14 @@ def _load(source, column, vocab, softcap, SOFTCAP: tl.constexpr):
     """Capped logits, -inf past the row's end."""
     inside = column < vocab
     # The second pass of a long row should find it in L2; nothing else here is read twice.
-    values = tl.load(source + column, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+    values = tl.load(source + column, mask=inside, other=-float("inf"),
+                     eviction_policy="evict_last")
     return tl.where(inside, _capped(values, softcap, SOFTCAP), -float("inf"))
 
 
 @jit
 def _add_block(values, column, vocab, peak, total, plain, SMOOTH: tl.constexpr):
-    """The online softmax: fold a block into the peak, the sum of exp above it, and the plain sum."""
+    """Online softmax: fold a block into the peak, the sum of exp above it, and the plain sum."""
     higher = tl.maximum(peak, tl.max(values, axis=0))
     # A block of -inf alone must add 0, not exp(-inf + inf).
     anchor = tl.where(higher == -float("inf"), 0.0, higher)

@@ -16,7 +16,8 @@ from ._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
 # nor anything else about the GPU changes the order of summation. 256 programs fill an H100 once.
 PARTIALS = 256
 TILE = 4096
-MAX_HIDDEN = 32768
+WHOLE = 8192  # longest row that is held in registers, with its weight gradient beside it
+LONG_BLOCK = 4096
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,7 +50,6 @@ def _backward_kernel(dy, x, weight, inverse, dx, partial, rows, hidden, dy_strid
     The weight's gradient is gathered in registers and leaves once, as this program's row of
     `partial`, which needs no zeroing because every program writes all of it.
     """
-    program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     inside = column < hidden
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -70,14 +70,70 @@ def _backward_kernel(dy, x, weight, inverse, dx, partial, rows, hidden, dy_strid
     if WEIGHT:
         total = tl.sum(gathered, axis=0)
         columns = tl.arange(0, BLOCK)
-        tl.store(partial + program * hidden + columns, total, mask=columns < hidden)
+        to = partial + tl.program_id(0).to(tl.int64) * hidden
+        tl.store(to + columns, total, mask=columns < hidden)
+
+
+@jit
+def _forward_long_kernel(x, weight, y, inverse, hidden, x_stride, eps, BLOCK: tl.constexpr):
+    """One program a row too long for registers: its second pass finds x in the caches."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, hidden, BLOCK):
+        column = start + lane
+        value = tl.load(x + row * x_stride + column, mask=column < hidden, other=0.0)
+        squares += value.to(tl.float32) * value.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / hidden + eps)
+    tl.store(inverse + row, scale)
+    for start in range(0, hidden, BLOCK):
+        column = start + lane
+        mask = column < hidden
+        value = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+        gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + row * hidden + column, (value * scale * gain).to(y.dtype.element_ty),
+                 mask=mask)
+
+
+@jit
+def _backward_long_kernel(dy, x, weight, inverse, dx, partial, rows, hidden, dy_stride, x_stride,
+                          WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """As `_backward_kernel`, a row at a time in blocks; the weight's gradient is gathered in this
+    program's row of `partial`, whose first visit writes rather than adds."""
+    lane = tl.arange(0, BLOCK)
+    here = partial + tl.program_id(0).to(tl.int64) * hidden
+    for number in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64)
+        scale = tl.load(inverse + row)
+        products = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, hidden, BLOCK):
+            column = start + lane
+            mask = column < hidden
+            normed = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+            upstream = tl.load(dy + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+            gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+            products += upstream * gain * (normed * scale)
+        along = tl.sum(products, axis=0) / hidden
+        for start in range(0, hidden, BLOCK):
+            column = start + lane
+            mask = column < hidden
+            normed = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+            upstream = tl.load(dy + row * dy_stride + column, mask=mask, other=0.0).to(tl.float32)
+            gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+            normed *= scale
+            value = (upstream * gain - normed * along) * scale
+            tl.store(dx + row * hidden + column, value.to(dx.dtype.element_ty), mask=mask)
+            if WEIGHT:
+                before = tl.load(here + column, mask=mask, other=0.0)
+                before = tl.where(row < tl.num_programs(0), 0.0, before)
+                tl.store(here + column, before + upstream * normed, mask=mask)
 
 
 def _tile(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a tile and its warps, a function of the row's length alone."""
     block = next_power_of_2(hidden)
     rows = max(1, min(16, TILE // block))
-    return rows, block, warps_for(rows * block, per_thread=16, most=32 if block > 8192 else 16)
+    return rows, block, warps_for(rows * block, per_thread=16)
 
 
 @torch.library.custom_op("fastllm::rms_norm", mutates_args=())
@@ -85,14 +141,17 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y like x, contiguous, and 1/rms (rows,) in float32 for the backward."""
     require("rms_norm", x, weight)
     y, inverse = _forward_fake(x, weight, eps)
-    flat = rows_of(x)
+    flat, gain = rows_of(x), weight.contiguous()
     rows, hidden = flat.shape
-    if rows:
-        tile, block, warps = _tile(hidden)
-        with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):
+        if rows and hidden > WHOLE:
+            _forward_long_kernel[(rows,)](flat, gain, y, inverse, hidden, flat.stride(0), eps,
+                                          BLOCK=LONG_BLOCK, num_warps=8)
+        elif rows:
+            tile, block, warps = _tile(hidden)
             _forward_kernel[(cdiv(rows, tile),)](
-                flat, weight.contiguous(), y, inverse, rows, hidden, flat.stride(0), eps,
-                ROWS=tile, BLOCK=block, num_warps=warps)
+                flat, gain, y, inverse, rows, hidden, flat.stride(0), eps, ROWS=tile, BLOCK=block,
+                num_warps=warps)
     return y, inverse
 
 
@@ -110,14 +169,18 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor,
     rows, hidden = flat.shape
     if not rows:
         return dx, dweight.zero_()
-    tile, block, warps = _tile(hidden)
+    tile, block, warps = (1, LONG_BLOCK, 8) if hidden > WHOLE else _tile(hidden)
     programs = min(PARTIALS, cdiv(rows, tile))
     partial = x.new_empty((programs, hidden) if weight_gradient else (0,), dtype=torch.float32)
+    arguments = (upstream, flat, weight.contiguous(), inverse, dx, partial, rows, hidden,
+                 upstream.stride(0), flat.stride(0))
     with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            upstream, flat, weight.contiguous(), inverse, dx, partial, rows, hidden,
-            upstream.stride(0), flat.stride(0),
-            WEIGHT=weight_gradient, ROWS=tile, BLOCK=block, num_warps=warps)
+        if hidden > WHOLE:
+            _backward_long_kernel[(programs,)](*arguments, WEIGHT=weight_gradient, BLOCK=block,
+                                               num_warps=warps)
+        else:
+            _backward_kernel[(programs,)](*arguments, WEIGHT=weight_gradient, ROWS=tile,
+                                          BLOCK=block, num_warps=warps)
     if weight_gradient:
         dweight = partial.sum(0).to(weight.dtype)
     return dx, dweight
@@ -144,14 +207,12 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """RMSNorm of x (..., H) by weight (H,), in x's type; any strides, H <= 32768.
+    """RMSNorm of x (..., H) by weight (H,), in x's type; any strides.
 
     Raises ValueError where the shapes do not fit, TypeError for float64.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    if not 0 < x.shape[-1] <= MAX_HIDDEN:
-        raise ValueError(f"rms_norm: the last dimension is {x.shape[-1]}, not 1 to {MAX_HIDDEN}")
     return _forward(x, weight, eps)[0]
 
 
@@ -175,7 +236,7 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
 KERNEL = Kernel(
     name="rms_norm", public=rms_norm, reference=reference, inputs=inputs,
     axes=("rows", "hidden_size"),
-    test_shapes=((1, 1), (3, 7), (5, 64), (33, 100), (2, 1025)),
+    test_shapes=((1, 1), (3, 7), (5, 64), (33, 100), (2, 1025), (259, 8193)),
     empty_shapes=((0, 8),),
     bench_shapes=((16384, 512), (16384, 4096), (8192, 8192)),
     audit_shapes=((4, 512), (4, 4096), (4, 8192), (4, 16384)),
