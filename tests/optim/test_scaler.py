@@ -50,7 +50,7 @@ def test_fp16_training_survives_an_overflow_and_recovers_small_gradients():
     """A scale that overflows fp16 is halved until the step goes through; then gradients that fp16
     would flush to zero still move the weights."""
     weight = torch.full((64,), 1.0, dtype=torch.float16, requires_grad=True)
-    opt = AdamW([("w", weight)], OptimConfig(grad_clip=None, weight_decay=0.0))
+    opt = AdamW([("w", weight)], OptimConfig(eps=1e-15, grad_clip=None, weight_decay=0.0))
     scaler = LossScaler(scale=2.0**50)
     skipped = 0
     for _ in range(40):
