@@ -18,9 +18,11 @@ def run(recompute, *, backend=None, dropout=0.2, dtype=torch.float32):
     torch.manual_seed(0)
     model = Decoder(config, generator=torch.Generator().manual_seed(0)).to(dtype).train()
     ids = torch.randint(0, 64, (2, 16))
+    documents = {"position_ids": torch.tensor([[*range(9), *range(7)], [*range(16)]]),
+                 "cu_seqlens": torch.tensor([0, 9, 16, 32], dtype=torch.int32), "max_seqlen": 16}
     chosen = ops.use_backend(backend) if backend else nullcontext()
     with chosen, Count() as count:
-        hidden = model(ids)
+        hidden = model(ids, **documents)
         model.logits(hidden).float().logsumexp(-1).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return hidden.detach(), gradients, torch.rand(()).item(), count.seen
@@ -48,6 +50,20 @@ def test_gradients_and_random_state_are_the_same_to_the_bit(recompute, dtype):
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0, name
         assert torch.equal(gradient, gradients2[name]), name
+
+
+def attentions(seen):
+    """Forward runs of attention, whatever operator it is."""
+    return sum(count for name, count in seen.items()
+               if "attention" in name and "backward" not in name)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_full_runs_attention_again_and_selective_does_not(backend):
+    plain, full, selective = (attentions(run(kind, backend=backend)[3])
+                              for kind in ("none", "full", "selective"))
+    assert plain > 0
+    assert (full, selective) == (2 * plain, plain)
 
 
 def test_full_runs_the_products_again_and_selective_does_not():
