@@ -67,6 +67,8 @@ class Report:
         if self.documents:
             return
         first = f"; first: {self.reasons[0]}" if self.reasons else ""
+        if "missing field" in self.rejected:
+            first += "; set data.text_fields"
         raise UserError(
             f"no usable document in {self.files} file(s): {self.num_rejected} records rejected, "
             f"{self.num_skipped} skipped{first}"
