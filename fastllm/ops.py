@@ -135,8 +135,7 @@ _TABLE: dict[str, dict[str, Callable[..., Any]]] = {
                       "reference": _cross_entropy.reference},
     "linear_cross_entropy": {name: partial(_linear_loss, parts=parts) for name, parts in
                              (("triton", "triton"), ("cpp", "cpp"), ("reference", "torch"))},
-    "attention": {**({"cpp": cpu.attention} if hasattr(cpu, "attention") else {}),
-                  "reference": _reference_attention},
+    "attention": {"cpp": cpu.attention, "reference": _reference_attention},
     "adamw_step": {"triton": _adamw.adamw_step, "cpp": cpu.adamw_step,
                    "reference": _adamw.reference},
     "grad_norm": {"cpp": cpu.grad_norm, "reference": _reference_grad_norm},

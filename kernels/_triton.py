@@ -34,7 +34,7 @@ else:
     _MISSING = ""
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     if INTERPRETED:
-        from . import _interpreter
+        from fastllm.kernels import _interpreter
 
         _interpreter.install()
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import jit, require, tl
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
+from fastllm.kernels._triton import jit, require, tl
 
 CHUNK = 16384  # elements a program updates
 BLOCK = 2048

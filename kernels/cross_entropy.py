@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import jit, next_power_of_2, require, rows_of, tanh, tl, warps_for
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
+from fastllm.kernels._triton import jit, next_power_of_2, require, rows_of, tanh, tl, warps_for
 
 # A row up to this long is held in registers and read once; a longer one is read twice, block by
 # block, the second time from the L2 cache as far as it reaches.

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cross_entropy as ce
-from ._spec import Call, Direction, Kernel, Shape, normal
+from fastllm.kernels import cross_entropy as ce
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, normal
 
 Options = tuple[int, float, float, float | None]
 """ignore_index, label_smoothing, z_loss, softcap."""

@@ -9,8 +9,8 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.0
 import torch
 from torch import Tensor
 
-from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
+from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
 
 # Partial sums of the weight's gradient: a constant, so that neither the number of multiprocessors
 # nor anything else about the GPU changes the order of summation. 256 programs fill an H100 once.
@@ -236,7 +236,7 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
 KERNEL = Kernel(
     name="rms_norm", public=rms_norm, reference=reference, inputs=inputs,
     axes=("rows", "hidden_size"),
-    test_shapes=((1, 1), (3, 7), (5, 64), (33, 100), (2, 1025), (259, 8193)),
+    test_shapes=((1, 1), (3, 7), (5, 64), (33, 100), (2, 1025), (3, 8193)),
     empty_shapes=((0, 8),),
     bench_shapes=((16384, 512), (16384, 4096), (8192, 8192)),
     audit_shapes=((4, 512), (4, 4096), (4, 8192), (4, 16384)),

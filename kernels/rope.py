@@ -11,8 +11,8 @@ Source: Su et al., "RoFormer", arXiv:2104.09864.
 import torch
 from torch import Tensor
 
-from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import cdiv, jit, next_power_of_2, require, tl, warps_for
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
+from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, tl, warps_for
 
 TILE = 2048
 

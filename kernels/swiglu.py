@@ -9,8 +9,8 @@ Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 import torch
 from torch import Tensor
 
-from ._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from ._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
+from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
 
 TILE = 2048
 
