@@ -136,29 +136,13 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Halves of one tensor: whoever splits one projection into gate and up can take it whole.
         return _OPS.swiglu_backward(grad, *ctx.saved_tensors).chunk(2, -1)
-
-
-class _SwiGluPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        return _OPS.swiglu(*gate_up.chunk(2, -1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        return _OPS.swiglu_backward(grad, *gate_up.chunk(2, -1))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; both (..., F)."""
     return _SwiGlu.apply(gate, up)
-
-
-def swiglu_packed(gate_up: Tensor) -> Tensor:
-    """`swiglu` of the halves of gate_up (..., 2F): its gradient comes in one piece, not joined."""
-    return _SwiGluPacked.apply(gate_up)
 
 
 # -------------------------------------------------------------------------------------- attention

@@ -1,0 +1,436 @@
+"""The C++ ops against torch in fp64: err(ours) <= 2 err(torch in the tested dtype) + tiny."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastllm import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TINY = {torch.float32: 2e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+
+def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run(function, inputs, grads=None):
+    """(outputs..., gradients of the floating inputs...); the upstream gradients are made here."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if grads is None:
+        grads = [seeded(*y.shape, seed=7 + i).to(y.dtype) for i, y in enumerate(outputs)]
+    wanted = [x for x in leaves if x.requires_grad]
+    return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, wanted, grads)), grads
+
+
+def check(ours, reference, inputs, dtype, factor=2.0):
+    """Values and gradients of `ours` by the rule; inputs are tensors of `dtype` (or integers)."""
+    before = [x.clone() for x in inputs]
+    outputs, gradients, upstream = run(ours, inputs)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "an input changed"
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    truth = run(reference, wide, [g.double() for g in upstream])
+    same = run(reference, inputs, upstream)
+    names = [f"output {i}" for i in range(len(outputs))] + [f"d{i}" for i in range(len(gradients))]
+    for name, a, t, r in zip(names, outputs + gradients, truth[0] + truth[1], same[0] + same[1],
+                             strict=True):
+        assert a.shape == t.shape, name
+        if not a.numel():
+            continue
+        error, allowed = (a.double() - t).abs().max(), (r.double() - t).abs().max()
+        bound = factor * allowed + TINY[dtype] * max(1.0, float(t.abs().max()))
+        assert error <= bound, f"{name} in {dtype}: {error:.3g} > {bound:.3g}"
+
+
+# ------------------------------------------------------------------------------ the elementwise ops
+
+
+def reference_rms_norm(x, weight, eps=1e-6):
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def reference_rope(q, k, cos, sin):
+    def one(x):
+        c, s = (t.reshape(-1, x.shape[1], 1, x.shape[3] // 2).to(x.dtype) for t in (cos, sin))
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+    return one(q), one(k)
+
+
+def reference_swiglu(gate, up):
+    return functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 64), (130, 33), (1, 1), (2, 512), (0, 8)])
+def test_rms_norm(dtype, shape):
+    x = seeded(*shape, dtype=dtype)
+    weight = seeded(shape[-1], dtype=dtype, seed=1)
+    check(cpu.rms_norm, reference_rms_norm, [x, weight], dtype)
+
+
+def test_rms_norm_of_strided_rows():
+    whole = seeded(2, 7, 3, 40)
+    weight = seeded(16)
+    for x in (whole[..., 8:24], whole.transpose(1, 2)[..., :16]):
+        assert torch.equal(cpu.rms_norm(x, weight), cpu.rms_norm(x.contiguous(), weight))
+    # One weight in fp32 over 16-bit activations, and an expanded gradient.
+    y = cpu.rms_norm(whole[..., :16].bfloat16(), weight)
+    assert y.dtype == torch.bfloat16
+    x = seeded(4, 16).requires_grad_()
+    cpu.rms_norm(x, weight).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hq", "hkv", "d"), [(4, 2, 64), (3, 1, 80), (1, 1, 2), (2, 2, 96)])
+def test_rope(dtype, hq, hkv, d):
+    fused = seeded(2, 9, hq + 2 * hkv, d, dtype=dtype)
+    q, k, _ = fused.split([hq, hkv, hkv], 2)
+    for shape in ((2, 9, d // 2), (9, d // 2)):
+        angle = seeded(*shape, seed=3) * 5
+        cos, sin = angle.cos(), angle.sin()
+        check(lambda a, b, cos=cos, sin=sin: cpu.rope(a, b, cos, sin),
+              lambda a, b, cos=cos, sin=sin: reference_rope(a, b, cos, sin), [q, k], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 66), (1, 1), (7, 37), (0, 4)])
+def test_swiglu(dtype, shape):
+    gate_up = seeded(*shape[:-1], 2 * shape[-1], dtype=dtype) * 4
+    gate, up = gate_up.chunk(2, -1)
+    check(cpu.swiglu, reference_swiglu, [gate, up], dtype)
+
+
+def test_swiglu_extremes():
+    gate = torch.tensor([-1e4, -100.0, -88.5, -0.0, 88.5, 1e4, float("nan")])
+    y = cpu.swiglu(gate, torch.ones(7))
+    assert torch.allclose(y, functional.silu(gate), equal_nan=True, atol=1e-30)
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+
+def reference_cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+                            softcap=None, reduction="sum"):
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    loss = functional.cross_entropy(x, labels, ignore_index=ignore_index, reduction="none",
+                                    label_smoothing=label_smoothing)
+    loss = loss + z_loss * x.logsumexp(-1) ** 2 * (labels != ignore_index)
+    if reduction == "none":
+        return loss
+    return loss.sum() / ((labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 5.0}, {"reduction": "mean"},
+           {"reduction": "none", "ignore_index": 3},
+           {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 30.0, "reduction": "mean"}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cross_entropy(dtype, options):
+    labels = torch.tensor([3, -100, 0, 1002, 7, -100, 500])
+    labels = labels.where(labels >= 0, options.get("ignore_index", -100))
+    logits = seeded(7, 1003, dtype=dtype) * 3
+    for inplace in (False, True):
+        check(lambda x, i=inplace: cpu.cross_entropy(x * 1, labels, inplace=i, **options),
+              lambda x: reference_cross_entropy(x, labels, **options), [logits], dtype)
+
+
+def test_cross_entropy_in_one_pass_is_forward_and_backward():
+    labels = torch.tensor([0, 5, -100, 40])
+    for dtype in DTYPES:
+        for options in [(-100, 0.0, 0.0, 0.0), (-100, 0.1, 1e-3, 10.0)]:
+            logits = seeded(4, 41, dtype=dtype) * 4
+            loss, lse = torch.ops.fastllm_cpu.cross_entropy(logits, labels, *options)
+            expected = torch.ops.fastllm_cpu.cross_entropy_backward(
+                torch.ones(4), logits, labels, lse, *options)
+            got = torch.ops.fastllm_cpu.cross_entropy_with_gradient_(logits, labels, *options)
+            assert torch.equal(got, loss)
+            tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+            assert torch.allclose(logits.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_cross_entropy_edges():
+    logits = seeded(3, 11).requires_grad_()
+    ignored = torch.full((3,), -100)
+    for reduction in ("sum", "mean"):
+        loss = cpu.cross_entropy(logits, ignored, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss == 0
+        assert not grad.any()
+    with pytest.raises(IndexError, match=r"label 11 at row 1 .* vocabulary of 11"):
+        cpu.cross_entropy(logits, torch.tensor([0, 11, 2]))
+    with pytest.raises(IndexError, match="label -1 "):
+        cpu.cross_entropy(logits, torch.tensor([0, 1, -1]))
+    assert cpu.cross_entropy(seeded(0, 5), torch.empty(0, dtype=torch.long)) == 0
+    assert cpu.cross_entropy(torch.full((1, 5), float("nan")), torch.tensor([0])).isnan()
+    loss = cpu.cross_entropy(logits * 1, torch.tensor([0, 1, 2]), inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="overwritten"):
+        loss.backward()
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+def reference_attention(q, k, v, causal=True, cu_seqlens=None, scale=None):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    rows, columns = q.shape[2], k.shape[2]
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    mask = (mask.tril(columns - rows) if causal else mask).expand(q.shape[0], 1, rows, columns)
+    if cu_seqlens is not None:
+        tokens = torch.arange(q.shape[0] * rows)
+        document = torch.bucketize(tokens, cu_seqlens[1:].long(), right=True).view(-1, rows)
+        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+ATTENTION = [  # B, S, Skv, Hq, Hkv, D, causal, document lengths of all rows
+    (2, 70, 70, 4, 2, 64, True, None),
+    (1, 130, 130, 3, 1, 80, True, None),
+    (1, 129, 129, 2, 2, 96, False, None),
+    (2, 33, 33, 2, 2, 16, False, None),
+    (1, 5, 200, 4, 1, 64, True, None),
+    (1, 1, 65, 2, 1, 128, True, None),
+    (1, 40, 90, 2, 1, 17, False, None),
+    (2, 150, 150, 4, 2, 32, True, [40, 0, 1, 109, 150, 0]),
+    (2, 100, 100, 2, 1, 64, False, [3, 97, 64, 36]),
+    (1, 70, 70, 1, 1, 256, True, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention(dtype, case):
+    b, s, skv, hq, hkv, d, causal, lengths = case
+    bounds = None
+    if lengths is not None:
+        bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    if s == skv:  # as the model gives them: views of one projection
+        fused = seeded(b, s, (hq + 2 * hkv) * d, dtype=dtype)
+        q, k, v = fused.unflatten(-1, (-1, d)).split([hq, hkv, hkv], 2)
+    else:
+        q, k, v = (seeded(b, n, h, d, dtype=dtype, seed=i)
+                   for i, (n, h) in enumerate([(s, hq), (skv, hkv), (skv, hkv)]))
+    check(lambda *x: cpu.attention(*x, causal=causal, cu_seqlens=bounds),
+          lambda *x: reference_attention(*x, causal, bounds), [q, k, v], dtype)
+
+
+def test_attention_over_several_tasks_of_keys():
+    q, k, v = (seeded(1, 1100, h, 16, seed=i) for i, h in enumerate((2, 1, 1)))
+    for causal in (True, False):
+        check(lambda *x, c=causal: cpu.attention(*x, causal=c, scale=0.3),
+              lambda *x, c=causal: reference_attention(*x, c, scale=0.3), [q, k, v], torch.float32)
+    q = q[:, :90]
+    check(cpu.attention, reference_attention, [q, k, v], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_documents_equal_each_alone(dtype):
+    lengths = [30, 70, 1, 99, 64, 36]
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    q, k, v = (seeded(3, 100, h, 64, dtype=dtype, seed=i) for i, h in enumerate((4, 2, 2)))
+    packed, packed_grads, (upstream,) = run(
+        lambda *x: cpu.attention(*x, cu_seqlens=bounds), [q, k, v])
+    flat = [x.flatten(0, 1) for x in (*packed, *packed_grads)]
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        alone = [x.flatten(0, 1)[None, begin:end] for x in (q, k, v)]
+        out, grads, _ = run(cpu.attention, alone, [upstream.flatten(0, 1)[None, begin:end]])
+        for whole, part in zip(flat, (*out, *grads), strict=True):
+            assert torch.equal(whole[begin:end], part[0])
+
+
+def test_attention_edges():
+    q = seeded(0, 5, 2, 16)
+    assert cpu.attention(q, q, q).shape == (0, 5, 2, 16)
+    nothing = seeded(1, 0, 2, 16)
+    some = seeded(1, 3, 2, 16).requires_grad_()
+    out = cpu.attention(some, nothing, nothing, causal=False)
+    assert not out.any()
+    out.sum().backward()
+    assert some.grad is not None
+    assert not some.grad.any()
+    with pytest.raises(ValueError, match="multiple of Hkv"):
+        cpu.attention(seeded(1, 4, 3, 8), seeded(1, 4, 2, 8), seeded(1, 4, 2, 8))
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        cpu.attention(seeded(1, 4, 2, 8), seeded(1, 3, 2, 8), seeded(1, 3, 2, 8))
+    x = seeded(2, 4, 2, 8)
+    for bounds, message in [([0, 6, 8], "crosses the end of a row"), ([0, 4], "must run from 0"),
+                            ([0, 4, 2, 8], "decreases")]:
+        with pytest.raises(ValueError, match=message):
+            cpu.attention(x, x, x, cu_seqlens=torch.tensor(bounds))
+
+
+# ----------------------------------------------------------------------------- what holds for all
+
+
+def battery(dtype: torch.dtype) -> list[Tensor]:
+    """Values and gradients of every op, on sizes that give several threads work."""
+    angle = seeded(150, 32, seed=5)
+    labels = torch.arange(150) * 13 % 701
+    bounds = torch.tensor([0, 20, 150, 300])
+    cases = [
+        (cpu.rms_norm, [seeded(300, 150, dtype=dtype), seeded(150, dtype=dtype)]),
+        (lambda q, k: cpu.rope(q, k, angle.cos(), angle.sin()),
+         [seeded(2, 150, 4, 64, dtype=dtype), seeded(2, 150, 2, 64, dtype=dtype)]),
+        (cpu.swiglu, [seeded(300, 170, dtype=dtype), seeded(300, 170, dtype=dtype, seed=1)]),
+        (lambda x: cpu.cross_entropy(x, labels), [seeded(150, 701, dtype=dtype)]),
+        (lambda *x: cpu.attention(*x, cu_seqlens=bounds),
+         [seeded(2, 150, h, 64, dtype=dtype, seed=h) for h in (4, 2, 2)]),
+    ]
+    return [x for function, inputs in cases for part in run(function, inputs)[:2] for x in part]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype):
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(battery(dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def small_battery() -> None:
+    """What the child processes of the next test run: values by the rule, with other code paths."""
+    for dtype in DTYPES:
+        weight = seeded(33, dtype=dtype)
+        check(cpu.rms_norm, reference_rms_norm, [seeded(70, 33, dtype=dtype), weight], dtype)
+        x, y = seeded(9, 37, dtype=dtype) * 4, seeded(9, 37, dtype=dtype, seed=1)
+        check(cpu.swiglu, reference_swiglu, [x, y], dtype)
+        angle = seeded(9, 8)
+        check(lambda q, k, a=angle: cpu.rope(q, k, a.cos(), a.sin()),
+              lambda q, k, a=angle: reference_rope(q, k, a.cos(), a.sin()),
+              [seeded(2, 9, 3, 16, dtype=dtype), seeded(2, 9, 1, 16, dtype=dtype)], dtype)
+        for options in OPTIONS:
+            check(lambda x, y, o=options: cpu.cross_entropy(x, y, **o),
+                  lambda x, y, o=options: reference_cross_entropy(x, y, **o),
+                  [seeded(9, 101, dtype=dtype), torch.arange(9)], dtype)
+        for d in (64, 80):
+            q, k, v = (seeded(1, 97, h, d, dtype=dtype, seed=h) for h in (4, 2, 2))
+            check(cpu.attention, reference_attention, [q, k, v], dtype)
+    print(torch.ops.fastllm_cpu.isa())
+
+
+@pytest.mark.parametrize(("level", "name"), [("avx2", "avx2"), ("default", "baseline")])
+def test_lesser_instruction_sets(level, name):
+    here = torch.ops.fastllm_cpu.isa()
+    child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False,
+                           env={**os.environ, "ATEN_CPU_CAPABILITY": level})
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert child.stdout.strip() == (name if here != "baseline" else "baseline")
+
+
+def test_operators_are_well_described():
+    x, w = seeded(4, 16), seeded(16)
+    q, k = seeded(1, 6, 2, 16), seeded(1, 6, 1, 16)
+    ops, labels = torch.ops.fastllm_cpu, torch.tensor([0, 3, -100, 15])
+    angle = seeded(6, 8)
+    ones = torch.ones(4)
+    out, lse = ops.attention(q, k, k, None, True, None)
+    cases = [
+        (ops.rms_norm, (x, w, 1e-6)), (ops.rms_norm_backward, (x, x, w, ones)),
+        (ops.rope, (q, k, angle, angle, False)), (ops.swiglu, (x, x)),
+        (ops.swiglu_backward, (x, x, x)), (ops.attention, (q, k, k, None, True, None)),
+        (ops.attention_backward, (q, q, k, k, out, lse, None, True, None)),
+        (ops.cross_entropy, (x, labels, -100, 0.0, 0.0, 0.0)),
+        (ops.cross_entropy_backward, (ones, x, labels, ones, -100, 0.0, 0.0, 0.0)),
+        (ops.cross_entropy_backward_, (ones, x.clone(), labels, ones, -100, 0.0, 0.0, 0.0)),
+        (ops.cross_entropy_with_gradient_, (x.clone(), labels, -100, 0.0, 0.0, 0.0)),
+    ]
+    for op, arguments in cases:
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_in_one_graph():
+    angle = seeded(6, 8)
+    labels = torch.arange(6)
+
+    def step(x, weight):
+        q, k, v = x.view(1, 6, 4, 16).split([2, 1, 1], 2)
+        q, k = cpu.rope(q, k, angle.cos(), angle.sin())
+        y = cpu.attention(q, k, v).flatten(2)
+        y = cpu.rms_norm(y, weight)
+        return cpu.cross_entropy(cpu.swiglu(*y[0].chunk(2, -1)), labels)
+
+    x, weight = seeded(6, 64), seeded(32)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, [x, weight])[:2], run(step, [x, weight])[:2], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+# -------------------------------------------------------------------------------- linear, optimizer
+
+
+@pytest.mark.parametrize("backend", ["onednn", "torch"])
+def test_linear(monkeypatch, backend):
+    if backend == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(cpu, "matmul_backend", lambda: (backend, "for the test"))
+    for shape, outs in [((3, 5, 70), 33), ((1, 70), 1), ((200, 70), 64)]:
+        x, weight, bias = seeded(*shape), seeded(outs, 70, seed=1), seeded(outs, seed=2)
+        check(cpu.linear, functional.linear, [x, weight, bias], torch.float32)
+        check(cpu.linear, functional.linear, [x, weight], torch.float32)
+    wide = seeded(4, 9, 140)
+    check(cpu.linear, functional.linear, [wide[..., ::2], seeded(70, 33).t()], torch.float32)
+    check(cpu.linear, functional.linear, [wide.transpose(0, 1), seeded(8, 140)], torch.float32)
+    assert cpu.linear(seeded(0, 70), seeded(33, 70)).shape == (0, 33)
+    half = cpu.linear(seeded(4, 8).bfloat16(), seeded(3, 8).bfloat16())
+    assert half.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.linear(seeded(4, 8), seeded(3, 8)).dtype == torch.bfloat16
+
+
+def test_matmul_backend_is_a_property_of_the_machine(monkeypatch):
+    assert cpu.matmul_backend() == cpu.matmul_backend()
+    for vendor, expected in [("AuthenticAMD", "onednn"), ("GenuineIntel", "torch"), ("", "torch")]:
+        monkeypatch.setattr(cpu, "_vendor", lambda v=vendor: v)
+        name, reason = cpu.matmul_backend.__wrapped__()
+        assert name == (expected if torch.backends.mkldnn.is_available() else "torch")
+        assert reason
+
+
+def test_linear_under_other_precision_settings_is_exact_by_default():
+    x, weight = seeded(64, 512), seeded(64, 512, seed=1)
+    truth = x.double() @ weight.double().t()
+    assert (cpu.linear(x, weight).double() - truth).abs().max() < 5e-4
+
+
+def test_adamw_step_and_grad_norm():
+    weight, grad = seeded(300), seeded(300, seed=1)
+    expected = weight.clone().requires_grad_()
+    expected.grad = grad * 0.5
+    torch.optim.AdamW([expected], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1).step()
+    moments = torch.zeros(300), torch.zeros(300)
+    cpu.adamw_step([weight], [grad], [moments[0]], [moments[1]], [None], lr=1e-2, beta1=0.9,
+                   beta2=0.95, eps=1e-8, weight_decay=0.1, step=1, grad_scale=torch.tensor(0.5))
+    assert torch.allclose(weight, expected.detach(), atol=1e-6)
+    norm = cpu.grad_norm([grad, grad.bfloat16()])
+    truth = torch.cat([grad, grad.bfloat16().float()]).double().norm()
+    assert norm.shape == ()
+    assert abs(norm.item() - truth.item()) < 1e-5
+
+
+if __name__ == "__main__":
+    small_battery()
