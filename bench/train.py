@@ -60,10 +60,11 @@ def prepare(shared: Path, steps: int) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from fastllm.config import build
     from fastllm.data.sources import DataConfig
     from fastllm.data.tokenizer import TokenizerConfig, train_tokenizer
     from fastllm.export import export
-    from fastllm.model import Decoder, shapes
+    from fastllm.model import Decoder, ModelConfig, shapes
 
     data = DataConfig(format="python-docs")
     tokenizer, _ = train_tokenizer(data, TokenizerConfig(vocab_size=VOCAB))
@@ -77,8 +78,8 @@ def prepare(shared: Path, steps: int) -> None:
             break
     ids = (ids * (needed // len(ids) + 1))[:needed]
     save_file({"ids": torch.tensor(ids).view(steps, BATCH, LENGTH)}, shared / "batches.safetensors")
-    torch.manual_seed(0)
-    model = Decoder(shapes.minimind_26m(), generator=torch.Generator().manual_seed(0))
+    config = build(ModelConfig, shapes.minimind_26m())
+    model = Decoder(config, generator=torch.Generator().manual_seed(0))
     export(model, shared / "model")
 
 

@@ -3,21 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastllm import config
 from fastllm.config import UserError, nearest
-from fastllm.model import ModelConfig, shapes
+from fastllm.model import shapes
 
 Layer = dict[str, Any]
-
-
-def _shape(make: Callable[[], ModelConfig]) -> Layer:
-    return config.as_dict(make())
 
 
 def demo() -> Layer:
     """A small English decoder, trained in about three minutes on two CPU cores."""
     return {
-        "model": _shape(shapes.demo),
+        "model": shapes.demo(),
         "data": {"path": [], "format": "python-docs", "holdout": 0.03},
         "train": {"steps": 400, "batch_size": 16, "seq_len": 256},
         "optim": {"lr": 3e-3, "weight_decay": 0.1},
@@ -30,7 +25,7 @@ def demo() -> Layer:
 def minimind_26m() -> Layer:
     """MiniMind2-small's shape and stage defaults, with warm-up, and decay off the norms."""
     return {
-        "model": _shape(shapes.minimind_26m),
+        "model": shapes.minimind_26m(),
         "train": {"batch_size": 32, "grad_accum": 8, "seq_len": 340},
         "optim": {"lr": 5e-4},
         "schedule": {"name": "minimind", "warmup": 0.02},
@@ -39,13 +34,13 @@ def minimind_26m() -> Layer:
 
 def minimind_64m() -> Layer:
     """MiniMind's 64M shape (head_dim 96, QK-norm)."""
-    return {**minimind_26m(), "model": _shape(shapes.minimind_64m)}
+    return {**minimind_26m(), "model": shapes.minimind_64m()}
 
 
 def llama_1b() -> Layer:
     """Llama-3.2-1B's shape, bf16, with the usual pretraining recipe."""
     return {
-        "model": _shape(shapes.llama_1b),
+        "model": shapes.llama_1b(),
         "train": {"batch_size": 4, "grad_accum": 16, "seq_len": 4096},
         "optim": {"lr": 3e-4, "betas": [0.9, 0.95]},
         "schedule": {"name": "cosine", "warmup": 0.01, "min_lr_ratio": 0.1},
@@ -55,7 +50,7 @@ def llama_1b() -> Layer:
 def llama_8b() -> Layer:
     """Llama-3.1-8B's shape."""
     layer = llama_1b()
-    return {**layer, "model": _shape(shapes.llama_8b),
+    return {**layer, "model": shapes.llama_8b(),
             "train": {**layer["train"], "batch_size": 1, "grad_accum": 32, "seq_len": 8192}}
 
 

@@ -124,6 +124,7 @@ class _Run:
                              seed=train.seed, num_workers=settings.data.num_workers,
                              pin_memory=device.type == "cuda")
         self.rows_a_step = train.batch_size * train.grad_accum
+        self.tokens_before = 0
         self.total_steps = train.steps or max(
             1, math.ceil(self.loader.rows_per_epoch * (train.epochs or 1) / self.rows_a_step))
         self.held = EvalSet(prepared, train.seq_len, settings.eval.batch_size or train.batch_size)
@@ -161,6 +162,7 @@ class _Run:
         trainer = self.trainer
         if saved:
             trainer.restore(saved)
+            self.tokens_before = trainer.progress.tokens
             print(f"resuming {saved.path} at step {saved.step}")
         self.write_inputs()
         writer = JsonlWriter(self.folder / "metrics.jsonl",
@@ -204,8 +206,9 @@ class _Run:
             "best_step": progress.best_step, "finished": progress.step >= self.total_steps,
         }
         joules = self.trainer.monitor.energy_joules()
-        if joules is not None and progress.tokens:
-            summary["joules_per_token"] = joules / progress.tokens
+        here = progress.tokens - self.tokens_before  # the monitor knows this process only
+        if joules is not None and here:
+            summary["joules_per_token"] = joules / here
         if summary["finished"]:
             if len(self.held) and self.settings.eval.every:
                 summary |= self.evaluate(self.model.eval())

@@ -52,8 +52,6 @@ class TrainConfig:
     """auto: the GPU where there is one."""
     compile: bool = False
     """torch.compile the model: faster steps after a slow first one."""
-    log_every: Annotated[int, Field(gt=0)] = 1
-    """Steps between two lines of the progress display (metrics.jsonl has every step)."""
 
     def validate(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -154,6 +152,7 @@ class Trainer:
             "loss": loss_value / max(tokens, 1), "lr": lr, "grad_norm": norm_value,
             "tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak_flops,
             "memory_bytes": self.monitor.memory_bytes(), "seconds": seconds,
+            **self.monitor.sample(),
         }
         return record if finite else {**record, "skipped": True}
 
