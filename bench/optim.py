@@ -11,10 +11,13 @@ Three comparisons over the same shapes (a decoder's), each torch side as people 
             gradients, then the fused step; ours: AdamW.step, which does both.
   fp32      plain fp32: torch is at the memory's speed already, so this one should be near 1.
 Each pair times both sides one after the other, in turns; the result is the median of the ratios.
+Other programs on the machine slow torch's side more (it synchronises its threads once a tensor), so
+`ratio_of_fastest` (fastest step against fastest step) and the load average stand beside it.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -136,9 +139,12 @@ def compare(ours: Callable[[], None], torch_step: Callable[[], None], pairs: int
         for name in ("ours", "torch") if i % 2 else ("torch", "ours"):
             samples[name].append(seconds(ours if name == "ours" else torch_step))
     ratios = [b / a for a, b in zip(samples["ours"], samples["torch"], strict=True)]
-    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "ours_ms": statistics.median(samples["ours"]) * 1e3,
-            "torch_ms": statistics.median(samples["torch"]) * 1e3, "samples_s": samples}
+    milliseconds = {name: [round(t * 1e3, 2) for t in times] for name, times in samples.items()}
+    return {"ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+            "ratio_max": round(max(ratios), 3),
+            "ratio_of_fastest": round(min(samples["torch"]) / min(samples["ours"]), 3),
+            "ours_ms": statistics.median(milliseconds["ours"]),
+            "torch_ms": statistics.median(milliseconds["torch"]), "samples_ms": milliseconds}
 
 
 def mixed(sizes: list[tuple[int, ...]], pairs: int) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def environment(threads: int) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True,
                             check=True).stdout.strip()
     return {"machine": f"{cpu[0]}, {len(cpu)} cores", "isa": torch.ops.fastllm_cpu.isa(),
-            "threads": threads, "python": platform.python_version(), "torch": torch.__version__,
+            "threads": threads, "load_average": os.getloadavg()[0], "python": platform.python_version(), "torch": torch.__version__,
             "commit": commit, "command": "python " + " ".join(sys.argv)}
 
 
@@ -194,6 +200,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    machine = environment(options.threads)  # before this program loads the machine itself
     sizes = shapes(options.parameters)
     results = {}
     with ops.use_backend("cpp"):
@@ -204,7 +211,7 @@ def main() -> None:
                   f"{results[name]['torch_ms']:7.1f} ms   {results[name]['ratio']:.2f}x{goal}")
     parameters = sum(torch.Size(size).numel() for size in sizes)
     report = {"bench": "optim", "parameters": parameters, "target": TARGET,
-              **environment(options.threads), "results": results}
+              **machine, "results": results}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {options.out}")

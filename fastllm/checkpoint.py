@@ -66,7 +66,7 @@ def digest(parts: Parts) -> str:
         for name, tensor in sorted(parts[part].items()):
             total.update(f"{part}/{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             flat = tensor.detach().cpu().contiguous().view(-1)
-            total.update(memoryview(flat.view(torch.uint8).numpy()))
+            total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -24,7 +24,7 @@ class Verb:
 
     summary: str
     config: type
-    call: Callable[..., None]
+    call: Callable[..., Any]
     model: bool = False
     """Takes a MODEL: a run folder or a Hugging Face folder."""
     preset: str | None = None

@@ -169,7 +169,7 @@ def _fields(cls: type) -> dict[str, Any]:
 def _shape(cls: type, layer: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     """The layer with unknown keys refused, and 'none' words and one-element lists put right."""
     fields = _fields(cls)
-    shaped = {}
+    shaped: dict[str, Any] = {}
     for key, value in layer.items():
         here = (*path, key)
         positive = key.removeprefix("no_")

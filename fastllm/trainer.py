@@ -174,9 +174,7 @@ class Trainer:
         step = self.progress.step
         if saved == step:
             return step
-        tensors, counters = self.optimizer.state_dict()
-        parts = {"model": dict(self.model.named_parameters()), "optimizer": tensors,
-                 "rng": rng_state(self.device)}
+        parts, counters = self._parts()
         state = {"progress": vars(self.progress), "data": self.loader.state_dict(),
                  "optimizer": counters, "identity": self.identity,
                  "scaler": self.scaler.state_dict() if self.scaler else None}
@@ -201,11 +199,15 @@ class Trainer:
         self.loader.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
         set_rng_state(saved.parts["rng"], self.device)
-        tensors, _ = self.optimizer.state_dict()
-        parts = {"model": parameters, "optimizer": tensors, "rng": rng_state(self.device)}
-        if checkpoint.digest(parts) != saved.state["state_hash"]:
+        if checkpoint.digest(self._parts()[0]) != saved.state["state_hash"]:
             raise RunError(f"{saved.path}: the state in memory differs from the saved one after "
                            "loading; this is a defect of the program or the machine")
+
+    def _parts(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """(every tensor of a checkpoint by file and name, the optimizer's counters)."""
+        tensors, counters = self.optimizer.state_dict()
+        weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        return {"model": weights, "optimizer": tensors, "rng": rng_state(self.device)}, counters
 
     def _count(self, tokens: int, finite: bool) -> None:
         self.progress.step += 1
