@@ -1,4 +1,4 @@
-"""package_dir mapping (kernels/ installs as fastllm.kernels) and the C++ extension; all metadata is in pyproject.toml.
+"""kernels/ installs as fastllm.kernels, and the C++ extension; all else is in pyproject.toml.
 
 Without a compiler the package still installs: the extension is marked optional, the build says
 what is missing, and `fastllm-train info` says which backend each op gets because of it.
@@ -15,7 +15,7 @@ FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fno-math
 
 
 def extension():
-    """The extension and its build command, or nothing where torch is not importable at build time."""
+    """The extension and its build command, or nothing where torch cannot be imported."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:

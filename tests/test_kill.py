@@ -26,7 +26,7 @@ def final_hash(folder):
 
 @pytest.mark.battery
 def test_twenty_kills(tmp_path):
-    """Each trial is killed once at a moment drawn over the whole life of the process, then resumed."""
+    """Each trial is killed once, at a moment drawn over the process's life, then resumed."""
     (tmp_path / "alone").mkdir()
     start = time.monotonic()
     subprocess.run(command(tmp_path / "alone"), check=True, capture_output=True)
