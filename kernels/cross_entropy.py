@@ -328,6 +328,8 @@ def _attach_setup(ctx, inputs, output) -> None:
 
 def _attach_autograd(ctx, upstream: Tensor):
     (gradient,) = ctx.saved_tensors
+    if torch.compiler.is_compiling():  # the compiler reuses memory itself, and wants no mutation
+        return (gradient.float() * upstream[:, None]).to(gradient.dtype), None, None
     # A second backward finds the version counter moved and raises, rather than scale twice.
     _scale_rows(gradient, upstream)
     return gradient, None, None

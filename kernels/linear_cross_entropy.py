@@ -111,7 +111,7 @@ def _loop(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor | Non
                 continue
             losses[rows] = parts.overwrite(logits, labels[rows], *options)
             if upstream is not None:
-                logits *= upstream[rows, None].to(logits.dtype)
+                logits *= upstream[rows, None]  # in float32, then rounded to the logits' type
             if gradients[0]:
                 parts.matmul(logits, weight, dhidden[rows])
         if gradients[1]:

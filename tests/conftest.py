@@ -1,0 +1,9 @@
+"""Where there is no GPU, the Triton kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+# Before anything imports triton: its own library functions are bound to the mode they are met in.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

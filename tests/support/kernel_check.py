@@ -1,0 +1,116 @@
+"""How a kernel is judged: against the truth in float64, beside its reference in its own type."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm import cpu, ops
+from fastllm.kernels._spec import Call, Kernel, kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = kernels()
+
+
+def backends(kernel: Kernel) -> list[str]:
+    """What can run a kernel's op here, beside the reference (which a composition has apart)."""
+    names = ["triton"]
+    if DEVICE == "cpu" and cpu.available():
+        names.append("cpp")
+    if kernel.composition:
+        names.append("reference")
+    return names
+
+
+CASES = [(kernel, backend) for kernel in KERNELS for backend in backends(kernel)]
+IDS = [f"{kernel.name}-{backend}" for kernel, backend in CASES]
+
+
+def op_of(kernel: Kernel, backend: str) -> Callable[..., Any]:
+    """The op through its public face, on a backend."""
+    name = kernel.public.__name__
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ops.use_backend(backend, name):
+            return getattr(ops, name)(*args, **kwargs)
+
+    return run
+
+
+def make(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, draw: int = 0,
+         **options: Any) -> Call:
+    generator = torch.Generator(DEVICE).manual_seed(draw)
+    return kernel.inputs(shape, dtype, DEVICE, generator, **options)
+
+
+def clone(call: Call) -> Call:
+    """The same values in memory of their own, strides kept."""
+    return call.map(lambda t: torch.empty_strided(
+        t.size(), t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        if 0 not in t.stride() else t.clone(memory_format=torch.preserve_format))
+
+
+def upcast(call: Call) -> Call:
+    return call.map(lambda t: t.double() if t.is_floating_point() else t.clone())
+
+
+def run(kernel: Kernel, function: Callable[..., Any], call: Call,
+        change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+    """Results and then gradients, for upstream gradients that depend on shapes alone."""
+    outputs = kernel.results(function, call)
+    results = [output.detach().clone() for output in outputs]
+    inputs = call.differentiated()
+    if not inputs or kernel.mutates:
+        return results
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    # Every type must see the same upstream values, so they are exact in bfloat16.
+    upstream = [change(torch.randn(output.shape, generator=generator, device=DEVICE).bfloat16()
+                       .to(output.dtype)) for output in outputs]
+    return results + list(torch.autograd.grad(outputs, inputs, upstream))
+
+
+def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
+    """err(got) <= 2 err(beside) + one correct rounding, in the maximum and the root mean square."""
+    assert len(got) == len(beside) == len(truth)
+    for i, (a, b, c) in enumerate(zip(got, beside, truth, strict=True)):
+        assert a.shape == c.shape, f"tensor {i}: {a.shape}, not {c.shape}"
+        assert a.dtype == b.dtype, f"tensor {i}: {a.dtype}, not {b.dtype}"
+        if not c.numel():
+            continue
+        if not c.is_floating_point():
+            assert torch.equal(a, b), f"tensor {i} differs"
+            continue
+        exact = c.double()
+        assert torch.equal(a.isnan(), exact.isnan()), f"tensor {i}: NaN in other places"
+        finite = exact.isfinite() & b.isfinite()
+        assert torch.equal(a.isfinite(), finite), f"tensor {i}: infinite in other places"
+        exact = exact[finite]
+        ours, theirs = a[finite].double() - exact, b[finite].double() - exact
+        if not exact.numel():
+            continue
+        rounding = torch.finfo(a.dtype).eps
+        for name, norm, part in (("largest", lambda t: t.abs().max(), 0.5),
+                                 ("mean", lambda t: t.square().mean().sqrt(), 0.125)):
+            size = norm(exact)
+            allowed = 2 * norm(theirs) + (part * rounding + 1e-6) * size + 1e-30
+            assert norm(ours) <= allowed, (
+                f"tensor {i} ({tuple(a.shape)} {a.dtype}): {name} error {norm(ours):.3e}, allowed "
+                f"{allowed:.3e} (reference {norm(theirs):.3e}, size {size:.3e})")
+
+
+def check(kernel: Kernel, function: Callable[..., Any], call: Call) -> None:
+    """Run function, reference and truth on the call; judge; the inputs must be left as they were."""
+    truth = run(kernel, kernel.reference, upcast(call))
+    beside = run(kernel, kernel.reference, clone(call))
+    before = [t.detach().clone() for t in call.tensors()]
+    got = run(kernel, function, call)
+    judge(got, beside, truth)
+    if not kernel.mutates and not call.kwargs.get("inplace"):
+        for now, then in zip(call.tensors(), before, strict=True):
+            assert _same_bits(now.detach(), then), "an input was changed"
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) and torch.equal(
+        a.isnan(), b.isnan())
