@@ -35,8 +35,8 @@ from fastllm.optim import AdamW, OptimConfig
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench" / "results" / "cpu-2core" / "optim.json"
-SETTINGS = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-TARGET = {"mixed": 1.6}
+SETTINGS: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+TARGET: dict[str, float] = {"mixed": 1.6}
 
 
 def shapes(parameters: int) -> list[tuple[int, ...]]:
@@ -61,8 +61,9 @@ class TorchMixed:
         self.params, self.grads, self.clip = params, grads, clip
         self.masters = [param.float().requires_grad_() for param in params]
         self.optimizer = torch.optim.AdamW(self.masters, fused=True, **SETTINGS)
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
+        self.grads32 = [torch.zeros_like(master) for master in self.masters]
+        for master, grad in zip(self.masters, self.grads32, strict=True):
+            master.grad = grad
         # What torch.amp.GradScaler sets before it calls step: the gradients are divided by it.
         if clip is None:
             self.optimizer.grad_scale = torch.tensor(1.0 / scale)
@@ -70,7 +71,7 @@ class TorchMixed:
 
     @torch.no_grad()
     def step(self) -> None:
-        torch._foreach_copy_([master.grad for master in self.masters], self.grads)
+        torch._foreach_copy_(self.grads32, self.grads)
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimizer.step()
