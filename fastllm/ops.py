@@ -86,8 +86,6 @@ def _fixed_sum(values: Tensor) -> Tensor:
 
 def _reference_grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """sqrt of the sum of squares: squared and summed in float64 on CPUs, float32 elsewhere."""
-    if not grads:
-        return torch.zeros(())
     if grads[0].device.type != "cpu":
         norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
         return torch.linalg.vector_norm(torch.stack(norms))
@@ -318,7 +316,7 @@ def adamw_step(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The global L2 norm as a 0-d float32 tensor; the same bits for any number of threads."""
-    return _pick("grad_norm", grads[0] if grads else torch.empty(0))(grads)
+    return _pick("grad_norm", grads[0])(grads) if grads else torch.zeros(())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

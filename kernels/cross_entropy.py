@@ -54,7 +54,8 @@ def reference(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
               reduction: str = "sum", inplace: bool = False) -> Tensor:
     """The same in plain PyTorch; `inplace` is a permission that it does not use."""
     index, ignored, poison = _checked(labels, logits.shape[-1], ignore_index)
-    capped = _cap(logits, softcap)
+    # Filled first: a NaN in an ignored row would come back as NaN times zero in the backward.
+    capped = _cap(logits.masked_fill(ignored[:, None], 0.0), softcap)
     lse = capped.logsumexp(-1)
     losses = lse - (1 - label_smoothing) * capped.gather(-1, index[:, None])[:, 0]
     if label_smoothing:

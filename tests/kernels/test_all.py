@@ -37,7 +37,8 @@ def test_shapes(kernel, backend, dtype):
 @by_type
 def test_variants(kernel, backend, dtype):
     for options in kernel.variants.values():
-        kc.check(kernel, kc.op_of(kernel, backend), kc.make(kernel, middle(kernel), dtype, **options))
+        call = kc.make(kernel, middle(kernel), dtype, **options)
+        kc.check(kernel, kc.op_of(kernel, backend), call)
 
 
 @by_case
@@ -170,7 +171,7 @@ def test_opcheck(kernel):
 
 @pytest.mark.parametrize("backend", sorted({backend for _, backend in kc.CASES} - {"reference"}))
 def test_offsets_beyond_32_bits(backend):
-    """Rows more than 2^31 elements apart, in a process of its own: a 32-bit offset would crash it."""
+    """Rows over 2^31 elements apart, in a process of its own: a 32-bit offset would crash it."""
     script = Path(__file__).with_name("far_rows.py")
     done = subprocess.run([sys.executable, str(script), backend], cwd=ROOT, capture_output=True,
                           text=True, timeout=300)
@@ -214,7 +215,7 @@ def test_the_judge_rejects_wrong_kernels(kernel):
     truth = kc.run(kernel, kernel.reference, kc.upcast(call))
     beside = kc.run(kernel, kernel.reference, kc.clone(call))
     kc.judge(beside, beside, truth)
-    for wrong in (lambda t: t * 1.0001, lambda t: -t, lambda t: t.roll(1, -1) if t.dim() else t + 1):
+    for wrong in (lambda t: t * 1.0001, lambda t: -t, lambda t: t.roll(1) if t.dim() else t + 1):
         for i, tensor in enumerate(beside):
             if not tensor.is_floating_point() or not tensor.abs().max() > 0 or tensor.numel() < 2:
                 continue

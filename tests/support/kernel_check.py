@@ -100,7 +100,7 @@ def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
 
 
 def check(kernel: Kernel, function: Callable[..., Any], call: Call) -> None:
-    """Run function, reference and truth on the call; judge; the inputs must be left as they were."""
+    """Run function, reference and truth on the call and judge; inputs must stay as they were."""
     truth = run(kernel, kernel.reference, upcast(call))
     beside = run(kernel, kernel.reference, clone(call))
     before = [t.detach().clone() for t in call.tensors()]

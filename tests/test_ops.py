@@ -1,0 +1,276 @@
+"""Which backend runs what, and the ops that have no kernel of their own yet."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastllm import cpu, ops
+from fastllm.kernels import _triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAVE_CPP = DEVICE == "cpu" and cpu.available()
+
+
+def backends(op):
+    """The backends that can run an op on this machine."""
+    return [name for name in ops.BACKENDS
+            if not ops._why_not(op, name, torch.device(DEVICE))]
+
+
+def for_each(*names):
+    return pytest.mark.parametrize(("op", "backend"), [(op, backend) for op in names
+                                                       for backend in backends(op)])
+
+
+# ----------------------------------------------------------------------------------- dispatch
+
+
+def test_auto_on_cpu_tensors():
+    for op, (backend, reason) in ops.dispatch("cpu").items():
+        if cpu.available() or op == "linear":
+            assert backend == "cpp", op
+        else:
+            assert backend == "reference", op
+            assert "fastllm._C" in reason
+        assert reason
+
+
+def test_auto_without_the_extension(monkeypatch):
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    monkeypatch.setattr(cpu, "why_not", lambda: "no compiler was found")
+    table = ops.dispatch("cpu")
+    assert table["rms_norm"] == ("reference", "no compiler was found")
+    assert table["linear"][0] == "cpp"  # torch itself has that product
+    with ops.use_backend("cpp", "swiglu"), pytest.raises(
+            RuntimeError, match="swiglu: the cpp backend cannot run on cpu: no compiler was found"):
+        ops.swiglu(torch.ones(1, 2), torch.ones(1, 2))
+
+
+def test_auto_on_other_devices():
+    cuda = ops.dispatch("cuda")
+    assert {op for op, (backend, _) in cuda.items() if backend == "triton"} == {
+        "rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "adamw_step"}
+    assert cuda["attention"] == ("reference", "torch's scaled_dot_product_attention")
+    assert {backend for backend, _ in ops.dispatch("meta").values()} == {"reference"}
+    x = torch.empty(2, 8, device="meta")
+    assert ops.rms_norm(x, torch.empty(8, device="meta")).shape == (2, 8)
+
+
+def test_float64_takes_the_reference():
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.rms_norm, (x, weight))
+    assert torch.autograd.gradcheck(ops.swiglu, (x, x.detach().flip(0).requires_grad_()))
+    labels = torch.tensor([1, -100, 7], device=DEVICE)
+    assert torch.autograd.gradcheck(lambda t: ops.cross_entropy(
+        t, labels, label_smoothing=0.1, z_loss=0.01, softcap=3.0, reduction="mean"), (x,))
+    assert torch.autograd.gradcheck(lambda h, w: ops.linear_cross_entropy(
+        h, w, labels, chunk_size=2, reduction="none"), (x, torch.randn(
+            9, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)))
+
+
+def test_a_backend_that_was_asked_for_and_cannot_run_raises(monkeypatch):
+    x = torch.ones(1, 2)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with ops.use_backend("triton", "swiglu"), pytest.raises(
+            RuntimeError, match=r"swiglu: the triton backend cannot run on cpu: .*INTERPRET"):
+        ops.swiglu(x, x)
+    with ops.use_backend("triton"), pytest.raises(
+            RuntimeError, match=r"linear: the triton backend .*: linear has no triton"):
+        ops.linear(x, x)
+    meta = torch.empty(1, 2, device="meta")
+    with ops.use_backend("cpp"), pytest.raises(RuntimeError, match="take CPU tensors, not meta"):
+        ops.swiglu(meta, meta)
+
+
+def test_a_cuda_tensor_without_triton_raises(monkeypatch):
+    monkeypatch.setattr(_triton, "_MISSING", "triton cannot be imported")
+    assert ops._why_not("rms_norm", "triton", torch.device("cuda")) == "triton cannot be imported"
+    assert ops.dispatch("cuda")["rms_norm"][0] == "triton"  # and not, quietly, the reference
+
+
+def test_settings_nest_and_are_restored():
+    before = ops.dispatch("cpu")
+    with ops.use_backend("reference"):
+        assert set(ops.dispatch("cpu").values()) == {("reference", "asked for")}
+        with ops.use_backend("auto", "rope"):
+            assert ops.dispatch("cpu")["rope"] == before["rope"]
+            assert ops.dispatch("cpu")["swiglu"][0] == "reference"
+        with pytest.raises(ZeroDivisionError), ops.use_backend("cpp", "rope"):
+            _ = 1 / 0
+        assert ops.dispatch("cpu")["rope"][0] == "reference"
+    assert ops.dispatch("cpu") == before
+    ops.set_backend("rope", "reference")
+    assert ops.dispatch("cpu")["rope"][0] == "reference"
+    ops.set_backend("rope", "auto")
+    assert ops.dispatch("cpu") == before
+
+
+def test_unknown_names_raise():
+    with pytest.raises(ValueError, match="no op 'rms'"):
+        ops.set_backend("rms", "triton")
+    with pytest.raises(ValueError, match="no backend 'cuda'"):
+        ops.set_backend("rope", "cuda")
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def naive_attention(q, k, v, causal=True, scale=None, documents=None):
+    """Attention as the formula has it, in float64, one head and one query at a time masked."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * (scale or q.shape[-1] ** -0.5)
+    queries, keys = scores.shape[-2:]
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed.tril(keys - queries)
+    if documents is not None:
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.einsum("bhst,bthd->bshd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+def qkv(batch, queries, keys, heads, groups, dim, dtype=torch.float32):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return [torch.randn(batch, length, h, dim, generator=generator, device=DEVICE).to(dtype)
+            .requires_grad_() for length, h in ((queries, heads), (keys, groups), (keys, groups))]
+
+
+def compare_attention(tensors, tolerance, **options):
+    documents = options.pop("documents", None)
+    cu_seqlens = None
+    if documents is not None:
+        flat = documents.flatten()
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), flat.cpu().diff() != 0])
+        ends = torch.tensor([flat.numel()])
+        cu_seqlens = torch.cat([starts.nonzero()[:, 0], ends]).to(torch.int32).to(DEVICE)
+    ours = ops.attention(*tensors, cu_seqlens=cu_seqlens, **options)
+    truth = naive_attention(*tensors, documents=documents, **options)
+    upstream = torch.randn(truth.shape, generator=torch.Generator(DEVICE).manual_seed(1),
+                           device=DEVICE)
+    ours_all = (ours, *torch.autograd.grad(ours, tensors, upstream.to(ours.dtype)))
+    truth_all = (truth, *torch.autograd.grad(truth, tensors, upstream.double()))
+    for a, b in zip(ours_all, truth_all, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3], [4] * 11, [5] * 10 + [6]])
+
+
+@for_each("attention")
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (6, 2)])
+def test_attention(op, backend, heads, groups):
+    with ops.use_backend(backend, op):
+        for options in ({}, {"causal": False}, {"scale": 0.3}):
+            compare_attention(qkv(2, 13, 13, heads, groups, 16), 2e-5, **options)
+            compare_attention(qkv(2, 13, 13, heads, groups, 16, torch.bfloat16), 4e-2, **options)
+        for queries in (1, 5):
+            compare_attention(qkv(2, queries, 9, heads, groups, 16), 2e-5)
+
+
+@for_each("attention")
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_stays_within_documents(op, backend, causal):
+    with ops.use_backend(backend, op):
+        compare_attention(qkv(3, 11, 11, 4, 2, 8), 2e-5, causal=causal,
+                          documents=DOCUMENTS.to(DEVICE))
+        one_each = torch.arange(3, device=DEVICE)[:, None].expand(3, 11)
+        compare_attention(qkv(3, 11, 11, 4, 2, 8), 2e-5, causal=causal, documents=one_each)
+
+
+def test_attention_by_mask_is_attention_by_document():
+    """What a GPU runs, masks and no host synchronisation, is traced here on any machine."""
+    torch._dynamo.reset()
+    q, k, v = qkv(3, 11, 11, 4, 2, 8)
+    cu_seqlens = torch.tensor([0, 3, 7, 9, 11, 22, 32, 33], dtype=torch.int32, device=DEVICE)
+    with ops.use_backend("reference", "attention"):
+        whole = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+        for causal in (True, False):
+            torch.testing.assert_close(
+                whole(q, k, v, causal=causal, cu_seqlens=cu_seqlens),
+                ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens))
+
+
+@pytest.mark.parametrize(("shapes", "options", "match"), [
+    (((2, 4, 3, 8), (2, 4, 2, 8)), {}, "multiple"),
+    (((2, 4, 2, 8), (2, 3, 2, 8)), {}, "at least as many keys"),
+    (((2, 4, 2, 8), (2, 6, 2, 8)), {"cu_seqlens": torch.tensor([0, 4, 8])}, "as many"),
+    (((2, 4, 2, 8), (1, 4, 2, 8)), {}, "not"), (((2, 4, 8), (2, 4, 8)), {}, "not")])
+def test_attention_refuses_shapes_that_do_not_fit(shapes, options, match):
+    q, k = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=match):
+        ops.attention(q, k, k, **options)
+
+
+# ------------------------------------------------------------------------ norm and matrix product
+
+
+@for_each("grad_norm")
+def test_grad_norm(op, backend):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    grads = [torch.randn(size, generator=generator, device=DEVICE).to(dtype) for size, dtype in (
+        ((300, 401), torch.float32), ((5,), torch.bfloat16), ((0, 3), torch.float32),
+        ((9000,), torch.float16))]
+    with ops.use_backend(backend, op):
+        norm = ops.grad_norm(grads)
+        exact = torch.cat([g.double().flatten() for g in grads]).norm()
+        assert norm.shape == ()
+        assert norm.dtype == torch.float32
+        assert abs(norm.item() / exact.item() - 1) < 1e-6
+        assert ops.grad_norm([]).item() == 0
+        assert ops.grad_norm([torch.tensor([3.0, float("nan")], device=DEVICE)]).isnan()
+        assert ops.grad_norm([torch.full((3,), 1e30, device=DEVICE)]).item() == pytest.approx(
+            3**0.5 * 1e30)
+
+
+@for_each("grad_norm")
+def test_grad_norm_does_not_depend_on_threads(op, backend):
+    grads = [torch.randn(70_001, generator=torch.Generator().manual_seed(i)) * 10**i
+             for i in range(3)]
+    before = torch.get_num_threads()
+    norms = set()
+    try:
+        with ops.use_backend(backend, op):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                norms.add(ops.grad_norm(grads).item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(norms) == 1
+
+
+@for_each("linear")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(op, backend, dtype):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+                       .requires_grad_() for shape in ((2, 5, 24), (7, 24), (7,)))
+    with ops.use_backend(backend, op):
+        for arguments in ((x, weight), (x, weight, bias)):
+            ours, theirs = ops.linear(*arguments), F.linear(*arguments)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(torch.autograd.grad(ours.sum(), arguments),
+                                       torch.autograd.grad(theirs.sum(), arguments))
+
+
+# ------------------------------------------------------------------------------ across backends
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "cross_entropy"])
+def test_backends_agree(op):
+    """The same call gives the same numbers whichever backend runs it."""
+    x = torch.randn(6, 40, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    second = {"rms_norm": torch.ones(40, device=DEVICE), "swiglu": x.flip(0),
+              "cross_entropy": torch.arange(6, device=DEVICE)}[op]
+    results = []
+    for backend in backends(op):
+        with ops.use_backend(backend, op):
+            results.append(getattr(ops, op)(x, second))
+    assert len(results) >= 2
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_adamw_of_nothing():
+    ops.adamw_step([], [], [], [], [], lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0,
+                   step=1, grad_scale=torch.ones((), device=DEVICE))
