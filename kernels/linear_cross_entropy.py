@@ -75,8 +75,10 @@ def _blocks(tokens: int, vocab: int, logits: Tensor, chunk_size: int | None) -> 
 def _gather(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool, parts: Parts) -> None:
     """total (V, H) float32 += gradient.T @ hidden."""
     a = gradient.t()
-    if total.dtype != a.dtype and total.is_cuda:
-        torch.addmm(total, a, hidden, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+    if total.is_cuda:
+        # cuBLAS adds 16-bit products to a float32 matrix; beta 0 ignores what the memory held.
+        wide = {"out_dtype": total.dtype} if total.dtype != a.dtype else {}
+        torch.addmm(total, a, hidden, beta=0 if first else 1, out=total, **wide)
     elif first and total.dtype == a.dtype:
         parts.matmul(a, hidden, total)
     else:
