@@ -4,7 +4,8 @@
 // output and the log-sum-exp of every query, the backward computes the probabilities again from
 // them. Blocks of 64 queries by 64 keys stay in the cache; blocks that causality or the document
 // boundaries leave empty are never visited, and K and V are never expanded to the query heads.
-// Every block is computed by one thread in a fixed order, so the bits do not depend on their number.
+// Every block is computed by one thread in a fixed order, so the bits do not depend on their
+// number.
 #include <torch/library.h>
 
 #include <atomic>
@@ -55,23 +56,31 @@ struct Shape {
 
 Shape shape_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
                std::optional<double> scale) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() &&
-                        q.size(0) == k.size(0) && q.size(3) == k.size(3) && k.size(2) > 0 &&
-                        q.size(2) % k.size(2) == 0,
-                    "fastllm attention: expected q (B, S, Hq, D) and k, v (B, Skv, Hkv, D) with Hq a "
-                    "multiple of Hkv, got ",
-                    q.sizes(), ", ", k.sizes(), ", ", v.sizes());
+  TORCH_CHECK_VALUE(
+      q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+          q.size(3) == k.size(3) && k.size(2) > 0 && q.size(2) % k.size(2) == 0,
+      "fastllm attention: expected q (B, S, Hq, D) and k, v (B, Skv, Hkv, D) with Hq a "
+      "multiple of Hkv, got ",
+      q.sizes(), ", ", k.sizes(), ", ", v.sizes());
   TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
                    "fastllm attention: q, k and v differ in dtype");
   TORCH_CHECK_VALUE(!causal || k.size(1) >= q.size(1),
                     "fastllm attention: causal needs at least as many keys as queries, got ",
                     k.size(1), " and ", q.size(1));
   const double by = scale.value_or(1.0 / std::sqrt(std::max<double>(1.0, q.size(3))));
-  return {q.size(0), q.size(1), k.size(1),  q.size(2), k.size(2), q.size(3), round_up(q.size(3), 16),
-          causal,    static_cast<float>(by)};
+  return {q.size(0),
+          q.size(1),
+          k.size(1),
+          q.size(2),
+          k.size(2),
+          q.size(3),
+          round_up(q.size(3), 16),
+          causal,
+          static_cast<float>(by)};
 }
 
-std::vector<Document> documents_of(const Shape& shape, const std::optional<at::Tensor>& cu_seqlens) {
+std::vector<Document> documents_of(const Shape& shape,
+                                   const std::optional<at::Tensor>& cu_seqlens) {
   std::vector<Document> documents;
   if (!cu_seqlens.has_value()) {
     for (int64_t b = 0; b < shape.batch; ++b)
@@ -87,8 +96,8 @@ std::vector<Document> documents_of(const Shape& shape, const std::optional<at::T
   const int64_t* at = data<int64_t>(bounds);
   const int64_t count = bounds.size(0) - 1, total = shape.batch * shape.length;
   TORCH_CHECK_VALUE(at[0] == 0 && at[count] == total,
-                    "fastllm attention: cu_seqlens must run from 0 to B * S = ", total, ", got ", at[0],
-                    " to ", at[count]);
+                    "fastllm attention: cu_seqlens must run from 0 to B * S = ", total, ", got ",
+                    at[0], " to ", at[count]);
   for (int64_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(at[i] <= at[i + 1], "fastllm attention: cu_seqlens decreases at ", i);
     if (at[i] == at[i + 1]) continue;
@@ -143,8 +152,8 @@ struct Forward {
   };
 
   int64_t depth() const { return units<unit>(shape.width); }
-  int64_t key_block() const { return kBlock * depth(); }                        // packed K, units
-  int64_t value_block() const { return units<unit>(kBlock) * shape.padded; }    // packed V, units
+  int64_t key_block() const { return kBlock * depth(); }                      // packed K, units
+  int64_t value_block() const { return units<unit>(kBlock) * shape.padded; }  // packed V, units
 
   void run() const {
     const std::vector<Span> key_blocks = blocks_of(documents, true);
@@ -172,7 +181,8 @@ struct Forward {
     const int64_t items = static_cast<int64_t>(query_blocks.size()) * shape.heads;
     const auto scratch = [&] {
       return Scratch{std::vector<uint32_t>(key_block()), std::vector<uint32_t>(kBlock * kBlock),
-                     std::vector<float>(kBlock * kBlock), std::vector<float>(kBlock * shape.padded)};
+                     std::vector<float>(kBlock * kBlock),
+                     std::vector<float>(kBlock * shape.padded)};
     };
     parallel_items(items, scratch, [&](Scratch& s, int64_t i) {
       // The last blocks see the most keys: they go first, so that the threads end together.
@@ -202,10 +212,9 @@ struct Forward {
                    kBlock, s.scores.data(), kBlock, false);
       const bool changed = dispatch<SoftmaxBlock<unit>>(s.scores.data(), block, max, sum, decay,
                                                         s.probabilities.data());
-      if (changed && begin > 0)
-        dispatch<ScaleRows>(s.sums.data(), decay, span.size, shape.padded);
-      tile_product(unit, span.size, shape.padded, units<unit>(block.keys), s.probabilities.data(), 1,
-                   kBlock, values, shape.padded, s.sums.data(), shape.padded, begin > 0);
+      if (changed && begin > 0) dispatch<ScaleRows>(s.sums.data(), decay, span.size, shape.padded);
+      tile_product(unit, span.size, shape.padded, units<unit>(block.keys), s.probabilities.data(),
+                   1, kBlock, values, shape.padded, s.sums.data(), shape.padded, begin > 0);
       keys += shape.kv_heads * key_block();
       values += shape.kv_heads * value_block();
     }
@@ -241,8 +250,9 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q_in, con
       at::empty({shape.batch, shape.length, shape.heads}, q.options().dtype(at::kFloat));
   if (out.numel() == 0) return {out, lse};
   with_format(q, [&]<typename T, Unit unit>(T, std::integral_constant<Unit, unit>) {
-    Forward<T, unit>{shape,        documents_of(shape, cu_seqlens), reader<T>(q), reader<T>(k),
-                     reader<T>(v), writer<T>(out),                  mutable_data<float>(lse)}
+    Forward<T, unit>{
+        shape,          documents_of(shape, cu_seqlens), reader<T>(q), reader<T>(k), reader<T>(v),
+        writer<T>(out), mutable_data<float>(lse)}
         .run();
   });
   return {out, lse};
@@ -269,8 +279,9 @@ struct Backward {
 
   // Operands of one task, each in the layout that its product reads.
   struct Scratch {
-    std::vector<uint32_t> key_rows, key_pairs, value_rows;              // the task's keys
-    std::vector<uint32_t> query_columns, query_pairs, grad_columns, grad_pairs;  // one block of queries
+    std::vector<uint32_t> key_rows, key_pairs, value_rows;  // the task's keys
+    std::vector<uint32_t> query_columns, query_pairs;       // one block of queries
+    std::vector<uint32_t> grad_columns, grad_pairs;
     std::vector<uint32_t> p_by_key, ds_by_key, ds_by_query;
     std::vector<float> scores, dp, dq, dk, dv;
     float lse[kBlock], delta[kBlock];
@@ -285,11 +296,23 @@ struct Backward {
     const int64_t blocks = (keys + kBlock - 1) / kBlock, square = kBlock * kBlock;
     const auto words = [](int64_t n) { return std::vector<uint32_t>(n); };
     const auto floats = [](int64_t n) { return std::vector<float>(n); };
-    return {words(blocks * rows_block()), words(blocks * pairs_block()),
-            words(blocks * rows_block()), words(rows_block()), words(pairs_block()),
-            words(rows_block()), words(pairs_block()), words(square), words(square), words(square),
-            floats(square), floats(square), floats(sums_block()), floats(blocks * sums_block()),
-            floats(blocks * sums_block()), {}, {}};
+    return {words(blocks * rows_block()),
+            words(blocks * pairs_block()),
+            words(blocks * rows_block()),
+            words(rows_block()),
+            words(pairs_block()),
+            words(rows_block()),
+            words(pairs_block()),
+            words(square),
+            words(square),
+            words(square),
+            floats(square),
+            floats(square),
+            floats(sums_block()),
+            floats(blocks * sums_block()),
+            floats(blocks * sums_block()),
+            {},
+            {}};
   }
 
   static std::vector<Span> tasks(const std::vector<Document>& documents) {
@@ -306,11 +329,9 @@ struct Backward {
     const std::vector<Span> spans = tasks(documents);
     int64_t longest = 0;
     for (const Span& span : spans) longest = std::max(longest, span.size);
-    parallel_items(static_cast<int64_t>(spans.size()) * shape.kv_heads,
-                   [&] { return make_scratch(longest); },
-                   [&](Scratch& s, int64_t i) {
-                     task(s, spans[i / shape.kv_heads], i % shape.kv_heads);
-                   });
+    parallel_items(
+        static_cast<int64_t>(spans.size()) * shape.kv_heads, [&] { return make_scratch(longest); },
+        [&](Scratch& s, int64_t i) { task(s, spans[i / shape.kv_heads], i % shape.kv_heads); });
   }
 
   void task(Scratch& s, const Span& span, int64_t kv_head) const {
@@ -335,7 +356,8 @@ struct Backward {
       const int64_t token = doc.key_begin + span.begin + begin;
       const int64_t keys = std::min(kBlock, span.size - begin);
       const T* key = k.at(doc.batch, token, kv_head);
-      dispatch<PackRows<unit>>(key, k.token, keys, shape.width, s.key_rows.data() + b * rows_block());
+      dispatch<PackRows<unit>>(key, k.token, keys, shape.width,
+                               s.key_rows.data() + b * rows_block());
       dispatch<PackPairs<unit>>(key, k.token, keys, shape.width, shape.padded,
                                 s.key_pairs.data() + b * pairs_block());
       dispatch<PackRows<unit>>(v.at(doc.batch, token, kv_head), v.token, keys, shape.width,
@@ -384,8 +406,7 @@ struct Backward {
                                     static_cast<const float*>(s.lse),
                                     static_cast<const float*>(s.delta), s.p_by_key.data(),
                                     s.ds_by_key.data(), s.ds_by_query.data());
-      const std::vector<uint32_t>& ds_by_query =
-          unit == Unit::fp32 ? s.ds_by_key : s.ds_by_query;
+      const std::vector<uint32_t>& ds_by_query = unit == Unit::fp32 ? s.ds_by_key : s.ds_by_query;
       tile_product(unit, block.keys, shape.padded, across, s.p_by_key.data(), row, 1,
                    s.grad_pairs.data(), shape.padded, s.dv.data() + b * sums_block(), shape.padded,
                    true);
@@ -457,18 +478,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   const at::Tensor partial =
       at::empty({parts > 1 ? parts * q.numel() : 0}, q.options().dtype(at::kFloat));
   with_format(q, [&]<typename T, Unit unit>(T, std::integral_constant<Unit, unit>) {
-    const Backward<T, unit> backward{shape,
-                                     documents,
-                                     reader<T>(q),
-                                     reader<T>(k),
-                                     reader<T>(v),
-                                     reader<T>(out),
-                                     reader<T>(grad),
-                                     data<float>(lse),
-                                     writer<T>(dq),
-                                     writer<T>(dk),
-                                     writer<T>(dv),
-                                     mutable_data<float>(partial)};
+    const Backward<T, unit> backward{
+        shape,         documents,      reader<T>(q),    reader<T>(k),
+        reader<T>(v),  reader<T>(out), reader<T>(grad), data<float>(lse),
+        writer<T>(dq), writer<T>(dk),  writer<T>(dv),   mutable_data<float>(partial)};
     backward.run();
     backward.add_parts();
   });

@@ -99,8 +99,8 @@ FASTLLM_INLINE float score(float raw, int32_t query, int32_t first, float scale)
 }
 
 // The online softmax: scores (keys, kBlock) become e^(score - max) as units along keys, (units of
-// keys, kBlock). `max` and `sum` of every query are carried on; `decay` is what the values summed so
-// far must be multiplied by. Returns whether any decay is not 1.
+// keys, kBlock). `max` and `sum` of every query are carried on; `decay` is what the values summed
+// so far must be multiplied by. Returns whether any decay is not 1.
 template <Unit unit>
 struct SoftmaxBlock {
   static FASTLLM_INLINE bool run(float* __restrict scores, Block block, float* __restrict max,
@@ -173,7 +173,8 @@ struct StoreRows {
 
 // The gradient: from the scores and dP (both (keys, kBlock)) to P and dS = P (dP - delta),
 //   by_key   (keys, units of kBlock): P, and dS: units along queries, for dV and dK
-//   by_query (units of keys, kBlock): dS: units along keys, for dQ. With fp32 that is the same array.
+//   by_query (units of keys, kBlock): dS: units along keys, for dQ. With fp32 that is the same
+//   array.
 template <Unit unit>
 struct GradientBlock {
   static FASTLLM_INLINE void run(const float* __restrict scores, const float* __restrict dp,

@@ -71,9 +71,9 @@ FASTLLM_INLINE float fold_max(const float* lanes) {
   return result;
 }
 
-// e^x within 2 ulp: e^x = 2^n e^r with |r| <= ln(2)/2 and the Taylor-like polynomial of Cephes' expf
-// for e^r. Results below the smallest normal number are 0, arguments above 88 count as 88 (so the
-// result is finite), a NaN stays a NaN.
+// e^x within 2 ulp: e^x = 2^n e^r with |r| <= ln(2)/2 and the Taylor-like polynomial of Cephes'
+// expf for e^r. Results below the smallest normal number are 0, arguments above 88 count as 88 (so
+// the result is finite), a NaN stays a NaN.
 FASTLLM_INLINE float fast_exp(float x) {
   const float high = x > 88.0f ? 88.0f : x;
   const float clamped = high < -87.3f ? -87.3f : high;

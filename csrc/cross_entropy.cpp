@@ -51,7 +51,8 @@ struct RowLoss {
     const float log_sum = max + std::log(fold_sum(sums));
     const float target =
         o.softcap > 0.0f ? capped(to_float(x[label]), o.softcap) : to_float(x[label]);
-    const float uniform = o.smoothing > 0.0f ? fold_sum(totals) / static_cast<float>(o.vocab) : 0.0f;
+    const float uniform =
+        o.smoothing > 0.0f ? fold_sum(totals) / static_cast<float>(o.vocab) : 0.0f;
     *lse = log_sum;
     *max_out = max;
     *loss = (1.0f - o.smoothing) * (log_sum - target) + o.smoothing * (log_sum - uniform) +
@@ -97,8 +98,8 @@ struct RowGradient {
     const float label_logit = to_float(x[label]);
     if (o.softcap > 0.0f) {
       for (int64_t i = 0; i < o.vocab; ++i)
-        dx[i] = from_float<T>((exponentials[i] * factor - uniform) *
-                              slope(to_float(x[i]), o.softcap));
+        dx[i] =
+            from_float<T>((exponentials[i] * factor - uniform) * slope(to_float(x[i]), o.softcap));
       dx[label] = from_float<T>(at_label * slope(label_logit, o.softcap));
     } else {
       for (int64_t i = 0; i < o.vocab; ++i)
@@ -131,14 +132,17 @@ void check(const at::Tensor& logits, const at::Tensor& labels, int64_t ignore_in
   TORCH_CHECK_VALUE(logits.dim() == 2 && labels.dim() == 1 && labels.size(0) == logits.size(0),
                     "fastllm cross_entropy: expected logits (T, V) and labels (T,), got ",
                     logits.sizes(), " and ", labels.sizes());
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, "fastllm cross_entropy: labels must be int64");
-  TORCH_CHECK_VALUE(softcap >= 0.0, "fastllm cross_entropy: softcap must be positive, got ", softcap);
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong,
+                   "fastllm cross_entropy: labels must be int64");
+  TORCH_CHECK_VALUE(softcap >= 0.0, "fastllm cross_entropy: softcap must be positive, got ",
+                    softcap);
   const int64_t* values = data<int64_t>(labels);
   for (int64_t row = 0; row < labels.size(0); ++row)
     TORCH_CHECK_INDEX(
         values[row] == ignore_index || (values[row] >= 0 && values[row] < logits.size(1)),
-        "fastllm cross_entropy: label ", values[row], " at row ", row, " is outside the vocabulary of ",
-        logits.size(1), " and is not ignore_index (", ignore_index, ")");
+        "fastllm cross_entropy: label ", values[row], " at row ", row,
+        " is outside the vocabulary of ", logits.size(1), " and is not ignore_index (",
+        ignore_index, ")");
 }
 
 Options options(const at::Tensor& logits, double smoothing, double z_loss, double softcap) {
@@ -173,9 +177,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& logit
 }
 
 // Writes d(loss) / d(logits) * grad[row] into `out`, which may be `logits` itself.
-void write_gradient(const at::Tensor& grad_in, const at::Tensor& logits, const at::Tensor& labels_in,
-                    const at::Tensor& lse, int64_t ignore_index, double smoothing, double z_loss,
-                    double softcap, at::Tensor& out) {
+void write_gradient(const at::Tensor& grad_in, const at::Tensor& logits,
+                    const at::Tensor& labels_in, const at::Tensor& lse, int64_t ignore_index,
+                    double smoothing, double z_loss, double softcap, at::Tensor& out) {
   const at::Tensor labels = labels_in.contiguous(), grad = grad_in.contiguous();
   check(logits, labels, ignore_index, softcap);
   TORCH_CHECK_VALUE(grad.scalar_type() == at::kFloat && grad.sizes() == labels.sizes(),

@@ -1,8 +1,8 @@
 // RMSNorm over the last dimension: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps).
 //
 // One row is read from memory once; its second pass finds it in the first-level cache. The sums
-// are in fp32. dweight is summed over fixed blocks of rows and then over the blocks in order, so its
-// bits do not depend on the number of threads.
+// are in fp32. dweight is summed over fixed blocks of rows and then over the blocks in order, so
+// its bits do not depend on the number of threads.
 #include <torch/library.h>
 
 #include "common.h"
@@ -26,8 +26,7 @@ struct RmsForward {
       const float mean = fold_sum(lanes) / static_cast<float>(width);
       const float scale = 1.0f / std::sqrt(mean + eps);
       rstd[row] = scale;
-      for (int64_t j = 0; j < width; ++j)
-        y[j] = from_float<T>(to_float(x[j]) * scale * weight[j]);
+      for (int64_t j = 0; j < width; ++j) y[j] = from_float<T>(to_float(x[j]) * scale * weight[j]);
     }
   }
 };
@@ -71,8 +70,8 @@ struct SumRows {
 
 void check(const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(-1),
-                    "fastllm rms_norm: x ", x.sizes(), " needs a weight of its last dimension, got ",
-                    weight.sizes());
+                    "fastllm rms_norm: x ", x.sizes(),
+                    " needs a weight of its last dimension, got ", weight.sizes());
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_forward(const at::Tensor& x, const at::Tensor& weight,

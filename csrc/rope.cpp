@@ -46,10 +46,11 @@ at::Tensor angles(const at::Tensor& table, const at::Tensor& q, const char* name
 std::tuple<at::Tensor, at::Tensor> rope(const at::Tensor& q, const at::Tensor& k,
                                         const at::Tensor& cos, const at::Tensor& sin,
                                         bool inverse) {
-  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && q.size(0) == k.size(0) &&
-                        q.size(1) == k.size(1) && q.size(3) == k.size(3) && q.size(3) % 2 == 0,
-                    "fastllm rope: expected q (B, S, Hq, D) and k (B, S, Hkv, D) with an even D, got ",
-                    q.sizes(), " and ", k.sizes());
+  TORCH_CHECK_VALUE(
+      q.dim() == 4 && k.dim() == 4 && q.size(0) == k.size(0) && q.size(1) == k.size(1) &&
+          q.size(3) == k.size(3) && q.size(3) % 2 == 0,
+      "fastllm rope: expected q (B, S, Hq, D) and k (B, S, Hkv, D) with an even D, got ", q.sizes(),
+      " and ", k.sizes());
   TORCH_CHECK_TYPE(q.scalar_type() == k.scalar_type(), "fastllm rope: q and k differ in dtype");
   const at::Tensor c = angles(cos, q, "cos"), s = angles(sin, q, "sin");
   const at::Tensor qs = unit_stride(q), ks = unit_stride(k);

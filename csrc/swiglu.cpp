@@ -9,8 +9,8 @@ namespace {
 
 struct SwigluForward {
   template <typename T>
-  static FASTLLM_INLINE void run(const T* __restrict gate, const T* __restrict up, T* __restrict out,
-                                 int64_t width) {
+  static FASTLLM_INLINE void run(const T* __restrict gate, const T* __restrict up,
+                                 T* __restrict out, int64_t width) {
     for (int64_t i = 0; i < width; ++i) {
       const float g = to_float(gate[i]);
       const float sigmoid = 1.0f / (1.0f + fast_exp(-g));
@@ -36,8 +36,8 @@ struct SwigluBackward {
 
 void check(const at::Tensor& a, const at::Tensor& b) {
   TORCH_CHECK_VALUE(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type(),
-                    "fastllm swiglu: gate and up must have one shape and dtype, got ", a.sizes(), " ",
-                    a.scalar_type(), " and ", b.sizes(), " ", b.scalar_type());
+                    "fastllm swiglu: gate and up must have one shape and dtype, got ", a.sizes(),
+                    " ", a.scalar_type(), " and ", b.sizes(), " ", b.scalar_type());
 }
 
 at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {

@@ -13,8 +13,8 @@ namespace fastllm {
 namespace {
 
 // FASTLLM_AVX512 and one more: functions of the one are inlined into those of the other.
-#define FASTLLM_AVX512_BF16                                                                \
-  __attribute__((target(                                                                   \
+#define FASTLLM_AVX512_BF16 \
+  __attribute__((target(    \
       "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")))
 
 // One instruction set each: a vector, the rows of a register tile, and acc + a * b where a is one
@@ -87,48 +87,48 @@ struct Operands {
 
 // A function that must be compiled for an instruction set cannot take it from a template argument,
 // so the one text is instantiated by a macro.
-#define FASTLLM_TILE(NAME, TARGET, SET)                                                          \
-  template <int kRows, int kVectors>                                                             \
-  TARGET void NAME##_tile(const Operands& o, int64_t row, int64_t column) {                      \
-    SET::Vector sum[kRows][kVectors];                                                            \
-    for (int i = 0; i < kRows; ++i)                                                              \
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = SET::zero();                                \
-    const uint32_t* a = o.a + row * o.a_row;                                                     \
-    const uint32_t* b = o.b + column;                                                            \
-    for (int64_t k = 0; k < o.depth; ++k, a += o.a_col, b += o.b_row) {                          \
-      SET::Vector right[kVectors];                                                               \
-      for (int v = 0; v < kVectors; ++v) right[v] = SET::load(b + v * SET::kLanes);              \
-      _Pragma("GCC unroll 16") for (int i = 0; i < kRows; ++i) {                                 \
-        const SET::Vector left = SET::splat(a + i * o.a_row);                                    \
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = SET::dot(sum[i][v], left, right[v]);      \
-      }                                                                                          \
-    }                                                                                            \
-    _Pragma("GCC unroll 16") for (int i = 0; i < kRows; ++i) {                                   \
-      for (int v = 0; v < kVectors; ++v) {                                                       \
-        float* to = o.c + (row + i) * o.c_row + column + v * SET::kLanes;                        \
-        SET::store(to, o.accumulate ? SET::add(SET::load(to), sum[i][v]) : sum[i][v]);           \
-      }                                                                                          \
-    }                                                                                            \
-  }                                                                                              \
-  template <int kRows, int kVectors>                                                             \
-  void NAME##_rows(const Operands& o, int64_t row, int64_t rows, int64_t column) {               \
-    if constexpr (kRows > 0) {                                                                   \
-      if (rows == kRows) return NAME##_tile<kRows, kVectors>(o, row, column);                    \
-      return NAME##_rows<kRows - 1, kVectors>(o, row, rows, column);                             \
-    }                                                                                            \
-  }                                                                                              \
-  void NAME##_product(const Operands& o, int64_t m, int64_t n) {                                 \
-    constexpr int64_t kWidth = 2 * SET::kLanes;                                                  \
-    for (int64_t column = 0; column < n; column += kWidth) {                                     \
-      for (int64_t row = 0; row < m; row += SET::kRows) {                                        \
-        const int64_t rows = std::min<int64_t>(SET::kRows, m - row);                             \
-        if (n - column >= kWidth) {                                                              \
-          NAME##_rows<SET::kRows, 2>(o, row, rows, column);                                      \
-        } else {                                                                                 \
-          NAME##_rows<SET::kRows, 1>(o, row, rows, column);                                      \
-        }                                                                                        \
-      }                                                                                          \
-    }                                                                                            \
+#define FASTLLM_TILE(NAME, TARGET, SET)                                                     \
+  template <int kRows, int kVectors>                                                        \
+  TARGET void NAME##_tile(const Operands& o, int64_t row, int64_t column) {                 \
+    SET::Vector sum[kRows][kVectors];                                                       \
+    for (int i = 0; i < kRows; ++i)                                                         \
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = SET::zero();                           \
+    const uint32_t* a = o.a + row * o.a_row;                                                \
+    const uint32_t* b = o.b + column;                                                       \
+    for (int64_t k = 0; k < o.depth; ++k, a += o.a_col, b += o.b_row) {                     \
+      SET::Vector right[kVectors];                                                          \
+      for (int v = 0; v < kVectors; ++v) right[v] = SET::load(b + v * SET::kLanes);         \
+      _Pragma("GCC unroll 16") for (int i = 0; i < kRows; ++i) {                            \
+        const SET::Vector left = SET::splat(a + i * o.a_row);                               \
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = SET::dot(sum[i][v], left, right[v]); \
+      }                                                                                     \
+    }                                                                                       \
+    _Pragma("GCC unroll 16") for (int i = 0; i < kRows; ++i) {                              \
+      for (int v = 0; v < kVectors; ++v) {                                                  \
+        float* to = o.c + (row + i) * o.c_row + column + v * SET::kLanes;                   \
+        SET::store(to, o.accumulate ? SET::add(SET::load(to), sum[i][v]) : sum[i][v]);      \
+      }                                                                                     \
+    }                                                                                       \
+  }                                                                                         \
+  template <int kRows, int kVectors>                                                        \
+  void NAME##_rows(const Operands& o, int64_t row, int64_t rows, int64_t column) {          \
+    if constexpr (kRows > 0) {                                                              \
+      if (rows == kRows) return NAME##_tile<kRows, kVectors>(o, row, column);               \
+      return NAME##_rows<kRows - 1, kVectors>(o, row, rows, column);                        \
+    }                                                                                       \
+  }                                                                                         \
+  void NAME##_product(const Operands& o, int64_t m, int64_t n) {                            \
+    constexpr int64_t kWidth = 2 * SET::kLanes;                                             \
+    for (int64_t column = 0; column < n; column += kWidth) {                                \
+      for (int64_t row = 0; row < m; row += SET::kRows) {                                   \
+        const int64_t rows = std::min<int64_t>(SET::kRows, m - row);                        \
+        if (n - column >= kWidth) {                                                         \
+          NAME##_rows<SET::kRows, 2>(o, row, rows, column);                                 \
+        } else {                                                                            \
+          NAME##_rows<SET::kRows, 1>(o, row, rows, column);                                 \
+        }                                                                                   \
+      }                                                                                     \
+    }                                                                                       \
   }
 
 FASTLLM_TILE(plain, , Plain)

@@ -432,5 +432,26 @@ def test_adamw_step_and_grad_norm():
     assert abs(norm.item() - truth.item()) < 1e-5
 
 
+MEMORY = """
+import resource, torch
+from fastllm import cpu
+kept = cpu.keep_freed_memory()
+def fill():
+    blocks = [torch.ones(10_000_000) for _ in range(2)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):  # until the heap has found its shape
+    before = fill()
+print(kept, fill() - before)
+"""
+
+
+def test_freed_memory_is_kept_where_asked():
+    child = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True,
+                           check=True)
+    kept, faults = child.stdout.split()
+    # 80 MB are 20 thousand pages.
+    assert kept == "False" or int(faults) < 2000
+
+
 if __name__ == "__main__":
     small_battery()
