@@ -77,8 +77,7 @@ def _gather(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool, parts:
     a = gradient.t()
     if total.is_cuda:
         # cuBLAS adds 16-bit products to a float32 matrix; beta 0 ignores what the memory held.
-        wide = {"out_dtype": total.dtype} if total.dtype != a.dtype else {}
-        torch.addmm(total, a, hidden, beta=0 if first else 1, out=total, **wide)
+        torch.addmm(total, a, hidden, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first and total.dtype == a.dtype:
         parts.matmul(a, hidden, total)
     else:
