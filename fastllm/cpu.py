@@ -5,7 +5,6 @@ sums in fp32, gives the same bits for any number of threads, and takes float32, 
 float16 (in fp32 inside). The exact fp32 matmul (`linear`) needs no extension.
 """
 
-import functools
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Reduction = Literal["sum", "mean", "none"]
+_OPS = torch.ops.fastllm_cpu
+_NEEDED = ("rms_norm", "rope", "swiglu", "cross_entropy", "attention", "adamw_step_", "grad_norm",
+           "keep_freed_memory")
+
 _LOAD_ERROR = ""
 try:
     from fastllm import _C as _C
 except ImportError as error:
     _LOAD_ERROR = str(error)
-
-Reduction = Literal["sum", "mean", "none"]
-_OPS = torch.ops.fastllm_cpu
+else:
+    # A checkout that moved on while its built extension stayed behind.
+    if missing := [name for name in _NEEDED if not hasattr(_OPS, name)]:
+        _LOAD_ERROR = f"it was built from older sources: {', '.join(missing)} not in it"
 
 
 def available() -> bool:
@@ -228,7 +233,6 @@ def _reduce(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> 
 # --------------------------------------------------------------------------------- fp32 matmul
 
 
-@functools.lru_cache(maxsize=1)
 def _vendor() -> str:
     """The CPU's maker as the kernel or the platform names it."""
     info = Path("/proc/cpuinfo")
@@ -239,16 +243,22 @@ def _vendor() -> str:
     return platform.processor()
 
 
-@functools.lru_cache(maxsize=1)
-def matmul_backend() -> tuple[str, str]:
-    """(name, reason) of the fp32 matmul: "onednn" or "torch". A pure function of the machine."""
-    vendor = _vendor()
+def _choose_matmul(vendor: str) -> tuple[str, str]:
     if "AMD" not in vendor:
         return "torch", f"torch's own BLAS is the fast one on this CPU ({vendor or 'unknown'})"
     has_op = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not torch.backends.mkldnn.is_available() or not has_op:
         return "torch", "this torch was built without oneDNN"
     return "onednn", f"{vendor}: oneDNN's fp32 matmul is about twice as fast as MKL's, and as exact"
+
+
+# Once at import: torch.compile traces through `linear`, and must meet a constant there.
+_MATMUL = _choose_matmul(_vendor())
+
+
+def matmul_backend() -> tuple[str, str]:
+    """(name, reason) of the fp32 matmul: "onednn" or "torch". A pure function of the machine."""
+    return _MATMUL
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastllm import checkpoint, config, data, ops
+from fastllm import checkpoint, config, cpu, data, ops
 from fastllm.callbacks import JsonlWriter, ProgressBar
 from fastllm.checkpoint import CheckpointConfig
 from fastllm.config import UserError
@@ -118,6 +118,9 @@ class _Run:
         self.settings, self.folder, self.device, self.prepared = settings, folder, device, prepared
         train = settings.train
         torch.manual_seed(train.seed)
+        if train.keep_freed_memory and not cpu.keep_freed_memory():
+            raise UserError("train.keep-freed-memory: needs the C++ extension and glibc; leave it "
+                            "out (fastllm-train info says what is missing)")
         model = Decoder(settings.model, generator=torch.Generator().manual_seed(train.seed))
         self.model = model.to(device=device, dtype=dtype)
         self.loader = Loader(prepared, batch_size=train.batch_size, seq_len=train.seq_len,

@@ -52,6 +52,9 @@ class TrainConfig:
     """auto: the GPU where there is one."""
     compile: bool = False
     """torch.compile the model: faster steps after a slow first one."""
+    keep_freed_memory: bool = False
+    """CPU: keep freed blocks for the next step instead of giving them back to the system. Faster in
+    fp32, for more memory."""
 
     def validate(self) -> None:
         if self.steps is not None and self.epochs is not None:

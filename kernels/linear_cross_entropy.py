@@ -62,11 +62,14 @@ def _blocks(tokens: int, vocab: int, logits: Tensor, chunk_size: int | None) -> 
 
     On a GPU the two are one: 256 MB of logits, or at least 1024 rows, keep the products efficient.
     A CPU wants the rows it works on in its cache, 256 of them being where its products stop
-    gaining, and few additions into the large weight gradient, hence up to 64 MB held.
+    gaining, and few additions into the large weight gradient, hence 512 rows or 20 MB held, in
+    blocks of one size.
     """
     row = max(1, vocab * logits.element_size())
     if logits.device.type == "cpu":
-        held = chunk_size or max(256, (64 << 20) // row)
+        held = chunk_size or max(512, (20 << 20) // row)
+        if not chunk_size and tokens:
+            held = -(-tokens // -(-tokens // held))
         return min(tokens, held), min(held, 256)
     held = chunk_size or max(1024, (256 << 20) // row)
     return min(tokens, held), held

@@ -402,11 +402,10 @@ def test_linear(monkeypatch, backend):
         assert cpu.linear(seeded(4, 8), seeded(3, 8)).dtype == torch.bfloat16
 
 
-def test_matmul_backend_is_a_property_of_the_machine(monkeypatch):
-    assert cpu.matmul_backend() == cpu.matmul_backend()
+def test_matmul_backend_is_a_property_of_the_machine():
+    assert cpu.matmul_backend() == cpu._choose_matmul(cpu._vendor())
     for vendor, expected in [("AuthenticAMD", "onednn"), ("GenuineIntel", "torch"), ("", "torch")]:
-        monkeypatch.setattr(cpu, "_vendor", lambda v=vendor: v)
-        name, reason = cpu.matmul_backend.__wrapped__()
+        name, reason = cpu._choose_matmul(vendor)
         assert name == (expected if torch.backends.mkldnn.is_available() else "torch")
         assert reason
 
@@ -455,3 +454,17 @@ def test_freed_memory_is_kept_where_asked():
 
 if __name__ == "__main__":
     small_battery()
+
+
+def test_a_stale_extension_says_so_and_the_reference_runs():
+    """An extension built from older sources: one reason, and plain torch in its place."""
+    code = ("import torch; cls = type(torch.ops.fastllm_cpu); own = cls.__getattr__\n"
+            "def old(self, name):\n"
+            "    if name == 'attention': raise AttributeError(name)\n"
+            "    return own(self, name)\n"
+            "cls.__getattr__ = old\n"
+            "from fastllm import cpu, ops\n"
+            "assert not cpu.available() and 'older sources: attention' in cpu.why_not()\n"
+            "assert ops.dispatch('cpu')['rms_norm'][0] == 'reference'\n"
+            "ops.rms_norm(torch.ones(2, 8), torch.ones(8))\n")
+    subprocess.run([sys.executable, "-c", code], check=True)

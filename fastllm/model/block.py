@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
 from fastllm import ops
 from fastllm.model.attention import Attention, KVCache
 from fastllm.model.config import ModelConfig
-from fastllm.model.layers import Linear, RMSNorm, halves
+from fastllm.model.layers import Linear, RMSNorm, halves, made_again
 
 
 class MLP(nn.Module):
@@ -25,10 +25,16 @@ class MLP(nn.Module):
         width = config.intermediate_size
         self.gate_up_proj = Linear(config.hidden_size, parts={"gate_proj": width, "up_proj": width})
         self.down_proj = Linear(width, config.hidden_size)
+        self.recompute = config.recompute
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = halves(self.gate_up_proj(x))
-        return self.down_proj(ops.swiglu(gate, up))
+        hidden = ops.swiglu(gate, up)
+        # Checkpointing and the compiler decide by themselves what is kept.
+        if self.recompute != "none" or torch.compiler.is_compiling():
+            return self.down_proj(hidden)
+        with made_again(hidden, ops.swiglu, gate, up):  # gate and up are kept anyway
+            return self.down_proj(hidden)
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllm import ops
-from fastllm.model import Decoder, ModelConfig
+from fastllm.model import Decoder, ModelConfig, block
 
 
 def run(recompute, *, backend=None, dropout=0.2, dtype=torch.float32):
@@ -83,3 +83,25 @@ def test_nothing_is_run_twice_without_gradients():
     model = Decoder(config)
     with torch.no_grad():
         assert not model(torch.randint(0, 64, (1, 8))).requires_grad
+
+
+def test_what_swiglu_gives_is_made_again_and_not_kept(monkeypatch):
+    """The MLP keeps gate and up but not their product; gradients are the same bits."""
+    torch.manual_seed(0)
+    mlp = block.MLP(ModelConfig(hidden_size=32, intermediate_size=48))
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 5, 32)
+    made = []
+    swiglu = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda *halves: made.append(1) or swiglu(*halves))
+    gradients = []
+    for times in (2, 1):
+        if times == 1:
+            monkeypatch.setattr(block, "made_again", lambda *_: nullcontext())
+        made.clear()
+        mlp.zero_grad()
+        mlp(x).square().sum().backward()
+        assert len(made) == times
+        gradients.append([parameter.grad.clone() for parameter in mlp.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -193,3 +193,20 @@ def test_misuse_is_refused():
     ]:
         with pytest.raises(ValueError, match=words):
             model(**kwargs)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_model_compiles_as_one_graph(recompute):
+    """No graph break on packed documents, and the gradients of the plain model."""
+    model = Decoder(ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48,
+                                num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                                max_position_embeddings=16, recompute=recompute))
+    documents = {"position_ids": torch.tensor([[*range(5), *range(11)], [*range(16)]]),
+                 "cu_seqlens": torch.tensor([0, 5, 16, 32], dtype=torch.int32), "max_seqlen": 16}
+    ids = torch.randint(0, 40, (2, 16))
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        run(ids, **documents).square().sum().backward()
+        gradients.append(model.embed_tokens.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
