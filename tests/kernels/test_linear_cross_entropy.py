@@ -52,7 +52,7 @@ def test_blocks_keep_a_cpus_rows_in_cache_and_a_gpus_products_large():
             return 2
 
     assert module._blocks(2720, 6400, Like("cpu"), None) == (1360, 256)
-    assert module._blocks(8192, 131072, Like("cpu"), None) == (256, 256)
+    assert module._blocks(8192, 131072, Like("cpu"), None) == (512, 256)
     assert module._blocks(8192, 131072, Like("cuda"), None) == (1024, 1024)
     assert module._blocks(8192, 131072, Like("cuda"), 300) == (300, 300)
     assert module._blocks(5, 10, Like("cpu"), None)[0] == 5
