@@ -11,6 +11,7 @@ norm 1 and the update. The fp32 contestants also give their loss curves, which m
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -19,7 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-BATCH, LENGTH, VOCAB, BLOCK, LR, CLIP = 8, 340, 6400, 5, 5e-4, 1.0
+BATCH, LENGTH, VOCAB, BLOCK, CLIP = 8, 340, 6400, 5, 1.0
+# The rate rises to PEAK over all steps of the race, as the warm-up of a pretraining run does.
+PEAK, WARMUP = 3e-4, 100
 CONTESTANTS = {
     "transformers fp32": "LlamaForCausalLM, defaults",
     "fastllm fp32": "fp32 weights",
@@ -70,12 +73,12 @@ def prepare(shared: Path, steps: int) -> None:
     tokenizer, _ = train_tokenizer(data, TokenizerConfig(vocab_size=VOCAB))
     from fastllm.data.accounting import Report
     from fastllm.data.sources import find_files, read_documents
+    documents = list(read_documents(data, find_files(data, Report()), Report()))
+    random.Random(0).shuffle(documents)
     ids: list[int] = []
     needed = steps * BATCH * LENGTH
-    for document in read_documents(data, find_files(data, Report()), Report()):
+    for document in documents:
         ids += [*tokenizer.encode(document.text), tokenizer.eos_id]
-        if len(ids) >= needed:
-            break
     ids = (ids * (needed // len(ids) + 1))[:needed]
     save_file({"ids": torch.tensor(ids).view(steps, BATCH, LENGTH)}, shared / "batches.safetensors")
     config = build(ModelConfig, shapes.minimind_26m())
@@ -171,8 +174,9 @@ def build_peer(name: str, shared: Path):
 
     model = LlamaForCausalLM.from_pretrained(shared / "model", dtype=torch.float32)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0)
     autocast = "bf16" in name
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP))
 
     def step(ids):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -180,6 +184,7 @@ def build_peer(name: str, shared: Path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
+        rates.step()
         optimizer.zero_grad()
         return loss.item()
 
@@ -199,7 +204,7 @@ def build_ours(name: str, shared: Path):
     model = hf.load(shared / "model", dtype=dtype)
     model.train()
     optimizer = AdamW(model.named_parameters(), OptimConfig(
-        lr=LR, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=CLIP))
+        lr=PEAK, betas=(0.9, 0.95), weight_decay=0.0, grad_clip=CLIP))
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
     rows = torch.arange(0, BATCH * LENGTH + 1, LENGTH, dtype=torch.int32)
 
@@ -211,7 +216,7 @@ def build_ours(name: str, shared: Path):
         total, count = pretrain.loss(model, batch)
         loss = total / count
         loss.backward()
-        norm = optimizer.step(LR)
+        norm = optimizer.step(PEAK * min(1, (optimizer.steps + 1) / WARMUP))
         for parameter in optimizer.parameters():
             parameter.grad = None
         optimizer.applied(bool(norm.isfinite()))

@@ -64,6 +64,9 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            # A view of v would keep the whole projection until the backward; q and k leave it here.
+            v = v.contiguous()
         q, k = ops.rope(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)

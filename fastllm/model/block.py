@@ -1,5 +1,6 @@
 """One pre-norm Transformer block, and how its activations are kept or computed again."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = halves(self.gate_up_proj(x))
         hidden = ops.swiglu(gate, up)
-        # Checkpointing and the compiler decide by themselves what is kept.
-        if self.recompute != "none" or torch.compiler.is_compiling():
+        if self.recompute != "none":  # then checkpointing decides what is kept
             return self.down_proj(hidden)
         with made_again(hidden, ops.swiglu, gate, up):  # gate and up are kept anyway
             return self.down_proj(hidden)
@@ -61,9 +61,18 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None,
              max_seqlen: int | None, cache: KVCache | None) -> Tensor:
-        branch = self.self_attn(self.input_layernorm(x), cos, sin, cu_seqlens, max_seqlen, cache)
+        normed = self.input_layernorm(x)
+        with self._made_again(normed, self.input_layernorm, x):
+            branch = self.self_attn(normed, cos, sin, cu_seqlens, max_seqlen, cache)
         x = x + self._drop(branch)
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+        normed = self.post_attention_layernorm(x)
+        with self._made_again(normed, self.post_attention_layernorm, x):
+            branch = self.mlp(normed)
+        return x + self._drop(branch)
+
+    def _made_again(self, normed: Tensor, norm: RMSNorm, x: Tensor) -> AbstractContextManager[None]:
+        """`made_again` for a norm, whose input is kept anyway; not where checkpointing decides."""
+        return made_again(normed, norm, x) if self.recompute == "none" else nullcontext()
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training) if self.dropout else x

@@ -7,7 +7,7 @@ initialised, read and written.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -70,9 +70,12 @@ def made_again(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor
                ) -> AbstractContextManager[None]:
     """Within, whoever wants to keep `result` for its backward gets `make(*inputs)` there instead.
 
-    For a cheap function between two products whose inputs are kept anyway, such as SwiGLU: its
-    result, a third of what an MLP would keep, is not held from the forward to the backward.
+    For a cheap function before a product, such as SwiGLU or a norm, whose inputs are kept anyway:
+    its result is not held from the forward to the backward. Does nothing without gradients, and
+    under torch.compile, which decides this by itself.
     """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
     address, size = result.data_ptr(), result.numel()
     sources = [tensor.detach() for tensor in inputs]
 

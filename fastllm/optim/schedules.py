@@ -14,7 +14,7 @@ MINIMIND_FLOOR = 0.1
 class ScheduleConfig:
     name: Literal["constant", "linear", "step", "cosine", "wsd", "minimind"] = "cosine"
     """Shape after the warm-up; wsd: stable, then a linear decay over the last steps."""
-    warmup: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0)] = 0.02
     """Linear warm-up: below 1 a fraction of all steps, from 1 on a number of steps."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """After the warm-up the rate never falls below this part of lr."""

@@ -5,7 +5,7 @@ import torch
 
 from fastllm import cpu, ops
 from fastllm.kernels import adamw
-from tests.support.kernel_check import DEVICE
+from kernel_check import DEVICE
 
 BACKENDS = ["triton", "reference", *(["cpp"] if DEVICE == "cpu" and cpu.available() else [])]
 by_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.support import kernel_check as kc
+import kernel_check as kc
 
 ROOT = Path(__file__).parents[2]
 by_case = pytest.mark.parametrize(("kernel", "backend"), kc.CASES, ids=kc.IDS)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support import kernel_check as kc
+import kernel_check as kc
 
 ROOT = Path(__file__).parents[2]
 

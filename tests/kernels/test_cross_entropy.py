@@ -5,7 +5,7 @@ import torch
 
 from fastllm import cpu, ops
 from fastllm.kernels import cross_entropy as ce
-from tests.support.kernel_check import DEVICE
+from kernel_check import DEVICE
 
 BACKENDS = ["triton", "reference", *(["cpp"] if DEVICE == "cpu" and cpu.available() else [])]
 NAN_BACKENDS = ["triton", "reference"]

@@ -3,7 +3,7 @@
 import torch
 
 from fastllm.kernels._triton import INTERPRETED, jit, tl
-from tests.support.kernel_check import DEVICE
+from kernel_check import DEVICE
 
 N = 1024
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllm.kernels import rms_norm as module
-from tests.support import kernel_check as kc
+import kernel_check as kc
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (9, 8300)])

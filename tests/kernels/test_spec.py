@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllm.kernels import _spec
-from tests.support import kernel_check as kc
+import kernel_check as kc
 
 BY_NAME = {kernel.name: kernel for kernel in kc.KERNELS}
 BF16, FP32 = torch.bfloat16, torch.float32

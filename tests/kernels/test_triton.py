@@ -9,7 +9,7 @@ import torch
 
 from fastllm.kernels import _triton
 from fastllm.kernels._triton import jit, tanh, tl
-from tests.support.kernel_check import DEVICE
+from kernel_check import DEVICE
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
