@@ -30,6 +30,7 @@ type: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/optim.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/readme.py
 
 # Every kernel on this GPU beside its peers; JSON into bench/results/<device>.
@@ -39,6 +40,7 @@ gpu: $(STAMP)
 
 # Installed once, and again when a dependency, the packaging or the C++ changed.
 $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastllm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) torch setuptools wheel ninja pybind11 numpy

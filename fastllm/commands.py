@@ -196,7 +196,8 @@ def generate_from_model(path: str, settings: GenerateRun) -> None:
     model, tokenizer = open_model(path, device=device, dtype=dtype)
     prompts = settings.prompt or [""]
     texts = generate.generate_text(model, tokenizer, prompts, settings,
-                                   bos_token_id=tokenizer.bos_id, eos_token_ids=[tokenizer.eos_id])
+                                   bos_token_id=tokenizer.bos_id,
+                                   eos_token_ids={tokenizer.eos_id, *hf.stop_tokens(path)})
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

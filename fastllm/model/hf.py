@@ -267,6 +267,16 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     return [(folder / name, tensors) for name, tensors in sorted(files.items())]
 
 
+def stop_tokens(folder: str | Path) -> list[int]:
+    """Ids that end a text by the folder's generation_config.json: one, several or none."""
+    path = Path(folder) / GENERATION
+    if not path.is_file():
+        return []
+    named = _read_json(path).get("eos_token_id")
+    return [] if named is None else [int(token) for token in
+                                     (named if isinstance(named, list) else [named])]
+
+
 def save(model: Decoder, folder: str | Path, *, dtype: torch.dtype | None = None,
          bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None,
          pad_token_id: int | None = None) -> None:

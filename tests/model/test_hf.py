@@ -236,3 +236,12 @@ def test_equal_tied_head_and_old_rotary_buffers_are_welcome(tmp_path):
     back = hf.load(tmp_path)
     for wanted, got in zip(model.parameters(), back.parameters(), strict=True):
         assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (None, []), ("{}", []), ('{"eos_token_id": 2}', [2]), ('{"eos_token_id": [2, 7]}', [2, 7])])
+def test_stop_tokens(tmp_path, text, expected):
+    """Chat models end a turn and a text with different tokens, named in generation_config.json."""
+    if text is not None:
+        (tmp_path / hf.GENERATION).write_text(text, encoding="utf-8")
+    assert hf.stop_tokens(tmp_path) == expected
