@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernel_check import DEVICE
 
 from fastllm import cpu, ops
 from fastllm.kernels import adamw
-from kernel_check import DEVICE
 
 BACKENDS = ["triton", "reference", *(["cpp"] if DEVICE == "cpu" and cpu.available() else [])]
 by_backend = pytest.mark.parametrize("backend", BACKENDS)

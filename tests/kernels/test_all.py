@@ -5,14 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_check as kc
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-
-import kernel_check as kc
 
 ROOT = Path(__file__).parents[2]
 by_case = pytest.mark.parametrize(("kernel", "backend"), kc.CASES, ids=kc.IDS)

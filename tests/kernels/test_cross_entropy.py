@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernel_check import DEVICE
 
 from fastllm import cpu, ops
 from fastllm.kernels import cross_entropy as ce
-from kernel_check import DEVICE
 
 BACKENDS = ["triton", "reference", *(["cpp"] if DEVICE == "cpu" and cpu.available() else [])]
 NAN_BACKENDS = ["triton", "reference"]

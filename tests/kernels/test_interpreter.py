@@ -1,9 +1,9 @@
 """The interpreter's bfloat16, held to torch's, which is right."""
 
 import torch
+from kernel_check import DEVICE
 
 from fastllm.kernels._triton import INTERPRETED, jit, tl
-from kernel_check import DEVICE
 
 N = 1024
 

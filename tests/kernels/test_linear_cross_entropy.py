@@ -1,12 +1,12 @@
 """The linear loss: how much it holds, how it is divided, and when it computes gradients."""
 
+import kernel_check as kc
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastllm.kernels import linear_cross_entropy as module
-import kernel_check as kc
 
 
 class Largest(TorchDispatchMode):

@@ -1,10 +1,10 @@
 """RMSNorm's weight gradient: gathered over many tiles, in an order that only shapes decide."""
 
+import kernel_check as kc
 import pytest
 import torch
 
 from fastllm.kernels import rms_norm as module
-import kernel_check as kc
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (9, 8300)])

@@ -1,10 +1,10 @@
 """The registry finds the kernels, and their floors are the numbers one would work out by hand."""
 
+import kernel_check as kc
 import pytest
 import torch
 
 from fastllm.kernels import _spec
-import kernel_check as kc
 
 BY_NAME = {kernel.name: kernel for kernel in kc.KERNELS}
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_check import DEVICE
 
 from fastllm.kernels import _triton
 from fastllm.kernels._triton import jit, tanh, tl
-from kernel_check import DEVICE
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
