@@ -6,13 +6,14 @@ lazily, so only the pages that hold the rows are ever real.
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import kernel_check as kc
 
 STRIDE = (1 << 31) + 64

@@ -11,7 +11,7 @@ from fastllm.optim.schedules import warmup_steps
 
 
 def table(total, base=1.0, **settings):
-    config = build(ScheduleConfig, settings)
+    config = build(ScheduleConfig, {"warmup": 0, **settings})
     return [lr_at(step, total, base, config) for step in range(total)]
 
 
