@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastllm.config import UserError
+from fastllm.files import sync
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
@@ -93,7 +94,7 @@ def save(folder: Path, step: int, parts: Parts, state: dict[str, Any]) -> Path:
         if final.exists():  # a damaged one, or this very step saved before an interruption
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError, CorruptCheckpoint) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -181,11 +182,11 @@ def _write(folder: Path, parts: Parts, state: dict[str, Any]) -> None:
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (folder / "manifest.json").write_bytes(_seal(files))
-    _sync(folder / "manifest.json")
-    _sync(folder)
+    sync(folder / "manifest.json")
+    sync(folder)
 
 
 def _read(folder: Path, parts: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -215,15 +216,6 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """fsync a file or a folder, so that the rename that follows never names unwritten data."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _full(folder: Path, needed: int, reason: str) -> str:

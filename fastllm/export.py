@@ -5,7 +5,6 @@ beside it, which is then renamed.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from fastllm.config import UserError
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.files import sync
 from fastllm.model import Decoder, hf
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -111,20 +111,12 @@ def _check_replaceable(target: Path) -> None:
 def _replace(temporary: Path, target: Path) -> None:
     """Sync everything in `temporary`, then put it where `target` is."""
     for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+        sync(path)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         # A folder that is not empty cannot be renamed over: it steps aside first.
         target.rename(old)
     temporary.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -70,7 +70,7 @@ def test_a_failure_half_way_leaves_the_earlier_export_as_it_was(tmp_path, monkey
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(module, "sync", full)
     with pytest.raises(UserError, match="model: No space left on device"):
         export(make(qk_norm=True), tmp_path / "model")
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

@@ -10,7 +10,7 @@ PACKAGE, KERNELS = ROOT / "fastllm", ROOT / "kernels"
 
 # From the ground up; a module may import from its own layer and from those below it.
 LAYERS = [
-    {"config", "kernels", "_C"},
+    {"config", "files", "kernels", "_C"},
     {"cpu"},
     {"ops"},
     {"model", "data", "optim", "nn"},

@@ -39,6 +39,7 @@ from fastllm.data.tokenizer import (
     note_short_vocabulary,
     train_tokenizer,
 )
+from fastllm.files import sync
 
 BATCH_BYTES = 1 << 20
 """Text that is encoded at a time: enough for every core, little in memory."""
@@ -267,7 +268,7 @@ def _made_once(
                 if folder.exists():
                     os.replace(folder, folder.with_name(f"{folder.name}.tmp-damaged"))
                 os.replace(temporary, folder)
-                _sync_entry(folder.parent)
+                sync(folder.parent)
             finally:
                 for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -293,15 +294,5 @@ def _locked(path: Path, progress: Progress | None) -> Iterator[None]:
 
 def _sync(folder: Path) -> None:
     """The files and then the folder reach the disk before the rename does."""
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    _sync_entry(folder)
-
-
-def _sync_entry(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
