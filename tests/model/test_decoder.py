@@ -209,4 +209,6 @@ def test_the_model_compiles_as_one_graph(recompute):
         model.zero_grad()
         run(ids, **documents).square().sum().backward()
         gradients.append(model.embed_tokens.weight.grad.clone())
-    torch.testing.assert_close(*gradients)
+    # Not the same bits: compiled plain attention masks a row where eager runs each document alone.
+    plain, compiled = gradients
+    assert (plain - compiled).norm() <= 1e-5 * plain.norm()
