@@ -214,7 +214,9 @@ class _Run:
             summary["joules_per_token"] = joules / here
         if summary["finished"]:
             if len(self.held) and self.settings.eval.every:
-                summary |= self.evaluate(self.model.eval())
+                # A run resumed at its end trains no step, and so has no evaluation yet.
+                last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+                summary |= {key: value for key, value in last.items() if key != "step"}
                 summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
             summary["continuations"] = self.continuations()
             export(self.model, self.folder / "model", tokenizer=self.prepared.tokenizer)

@@ -102,6 +102,8 @@ class Trainer:
         self.monitor = Monitor(device)
         self.progress = Progress()
         self.stopped_by: str | None = None
+        self.last_evaluation: dict[str, Any] | None = None
+        """The newest record of `on_eval` of this process."""
         self._batches: Iterator[Batch] = iter(())
         self._skipped_in_a_row = 0
 
@@ -165,7 +167,8 @@ class Trainer:
         self.model.eval()
         result = self._evaluate(self.model)
         self.model.train()
-        self._tell("on_eval", {"step": self.progress.step, **result})
+        self.last_evaluation = {"step": self.progress.step, **result}
+        self._tell("on_eval", self.last_evaluation)
         better = result["val_loss"] < self.progress.best_loss
         if better:
             self.progress.best_loss = result["val_loss"]

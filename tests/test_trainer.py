@@ -210,3 +210,16 @@ def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
     with pytest.raises(UserError, match="dtype"):
         run.pretrain(settings(tmp_path, **{"train.steps": 2, "train.dtype": "bf16",
                                            "resume": "true"}))
+
+
+def test_the_last_step_is_evaluated_once(tmp_path, monkeypatch):
+    """The summary takes the last step's evaluation; a run resumed at its end makes its own."""
+    calls = []
+    evaluate = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    first = run.pretrain(settings(tmp_path, **{"train.steps": 4, "eval.every": 2}))
+    assert len(calls) == 2
+    again = run.pretrain(settings(tmp_path, **{"train.steps": 4, "eval.every": 2,
+                                               "resume": "true"}))
+    assert len(calls) == 3
+    assert again["val_bpb"] == first["val_bpb"]
