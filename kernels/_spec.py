@@ -52,7 +52,7 @@ class Kernel:
     """One op: what computes it, what is right, what to try it on, and the least it could cost."""
 
     name: str
-    """The module's name."""
+    """The op's name, that of its module unless the module holds several."""
     public: Callable[..., Any]
     """The Triton-backed public function; `fastllm.ops` has one of the same name and signature."""
     reference: Callable[..., Any]
@@ -65,10 +65,20 @@ class Kernel:
     """Shapes of real models."""
     axes: tuple[str, ...]
     """What each number of a shape means."""
-    floor_bytes: Callable[[Shape, torch.dtype, Direction], int]
-    """The fewest bytes that the direction must move between memory and the chip."""
-    floor_flops: Callable[[Shape, torch.dtype, Direction], int]
-    """The fewest floating-point operations of the direction."""
+    floor_bytes: Callable[..., int]
+    """floor_bytes(shape, dtype, direction, **options): the fewest bytes that the direction must
+    move between memory and the chip; options are those given to `inputs`."""
+    floor_flops: Callable[..., int]
+    """floor_flops(shape, dtype, direction, **options): its fewest floating-point operations."""
+    traffic_shapes: tuple[Shape, ...] = ()
+    """Shapes of about 256 and of 4,096 rows: bytes are counted at each and gated at the last."""
+    bench_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of `inputs` that change what a call costs, by a readable name: timed, metered and
+    compiled ahead of time beside the plain call."""
+    bound: Literal["bytes", "flops"] = "bytes"
+    """Which of its floors binds the op on a GPU; the traffic of those bound by bytes is gated."""
+    above_floor: Mapping[str, str] = field(default_factory=dict)
+    """Why a direction cannot be at its floor, by "forward", "backward" or "OPTIONS backward"."""
     audit_shapes: tuple[Shape, ...] = ()
     """Real widths with few rows: cheap to build, and they select the configurations that ship."""
     empty_shapes: tuple[Shape, ...] = ()
@@ -93,12 +103,28 @@ class Kernel:
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Every kernel of this folder, by name; modules with a leading underscore are left out."""
+    """Every kernel of this folder, by file; modules with a leading underscore are left out.
+
+    A file with one op ends in KERNEL, a file with a family of them in KERNELS.
+    """
     package = __name__.rpartition(".")[0]
     names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)])
                    if not found.name.startswith("_"))
-    modules = (importlib.import_module(f"{package}.{name}") for name in names)
-    return tuple(module.KERNEL for module in modules if hasattr(module, "KERNEL"))
+    found = []
+    for name in names:
+        module = importlib.import_module(f"{package}.{name}")
+        found += getattr(module, "KERNELS", None) or [module.KERNEL]
+    return tuple(found)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as a matrix product takes them: in the autocast type where autocast is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64
+                 else tensor for tensor in tensors)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

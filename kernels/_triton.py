@@ -97,3 +97,11 @@ def tanh(x):
     near = x * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * (
         0.021869488 + s * -0.0088632355)))))
     return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))
+
+
+@jit
+def mix(x):
+    """lowbias32, a bijection of uint32 that spreads every input bit over every output bit."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

@@ -9,7 +9,7 @@ rounded to nearest, or, for bfloat16 with stochastic_rounding, up or down with t
 makes the mean right: bits = (bits(p) + r) >> 16 with 16 random bits r, for finite p. r is the high
 half of a hash of (seed, step, global element index), all uint32:
     h = seed ^ (step * 0x9E3779B9)             x = low(index) ^ h ^ (high(index) * 0x85EBCA6B)
-    r = mix(mix(x) + h + 0x632BE5AB) >> 16     (mix is lowbias32: see `_mix`)
+    r = mix(mix(x) + h + 0x632BE5AB) >> 16     (mix is lowbias32: see `_triton.mix`)
 so the split into tensors, and the order of anything, changes no bit. A non-finite grad_scale
 leaves everything untouched; it is read on the device, so nothing waits for the host.
 Floor: 28 bytes an element, as 4 + 2 x 12 in float32, or 2 + 2 + 2 x 12 with 16-bit weights.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from fastllm.kernels._triton import jit, require, tl
+from fastllm.kernels._triton import jit, mix, require, tl
 
 CHUNK = 16384  # elements a program updates
 BLOCK = 2048
@@ -88,19 +88,11 @@ def reference(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
 
 
 @jit
-def _mix(x):
-    """lowbias32, a bijection of uint32 that spreads every input bit over every output bit."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@jit
 def _round_stochastically(values, index, key):
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     bits = values.to(tl.uint32, bitcast=True)
-    random = _mix(_mix(low ^ key ^ (high * 0x85EBCA6B)) + key + 0x632BE5AB) >> 16
+    random = mix(mix(low ^ key ^ (high * 0x85EBCA6B)) + key + 0x632BE5AB) >> 16
     # Adding a multiple of 2^16 below the exponent cannot reach the bits of NaN or infinity from a
     # finite number except by rounding up to infinity, as the largest bfloat16 must.
     rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -319,12 +311,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, masters: bool
     return Call((params, grads, m, v, wide if mastered else [None] * tensors), scalars)
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     elements = sum(max(shape[1] - i, 0) for i in range(shape[0]))
     return 28 * elements if direction == "forward" else 0
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return 14 * sum(max(shape[1] - i, 0) for i in range(shape[0])) if direction == "forward" else 0
 
 

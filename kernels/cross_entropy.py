@@ -381,12 +381,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: floa
     return Call((logits, labels), options)
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     tokens, vocab = shape
     return dtype.itemsize * tokens * vocab * (1 if direction == "forward" else 2) + 12 * tokens
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return (4 if direction == "forward" else 5) * shape[0] * shape[1]
 
 

@@ -241,13 +241,13 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: floa
     return Call((hidden, weight, labels.masked_fill(drawn < ignored, -100)), options)
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     tokens, width, vocab = shape
     both = (tokens + vocab) * width * dtype.itemsize
     return both if direction == "forward" else 2 * both
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return (2 if direction == "forward" else 4) * shape[0] * shape[1] * shape[2]
 
 

@@ -6,6 +6,8 @@ Floor, e bytes an element and T rows: forward 2eTH (x in, y out), backward 3eTH 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -224,12 +226,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, weight_dtype=
     return Call((x, weight), {"eps": eps})
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     rows, hidden = shape
     return dtype.itemsize * hidden * ((2 if direction == "forward" else 3) * rows + 1)
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return (4 if direction == "forward" else 10) * shape[0] * shape[1]
 
 

@@ -8,6 +8,8 @@ Floor, e bytes an element, T = BS tokens: 2eT(Hq + Hkv)D + 8SD/2 either way.
 Source: Su et al., "RoFormer", arXiv:2104.09864.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -148,12 +150,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, per_row: bool
     return Call((q, k, angle.cos().float(), angle.sin().float()))
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     batch, sequence, q_heads, k_heads, dim = shape
     return 2 * dtype.itemsize * batch * sequence * (q_heads + k_heads) * dim + 4 * sequence * dim
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     batch, sequence, q_heads, k_heads, dim = shape
     return 3 * batch * sequence * (q_heads + k_heads) * dim
 

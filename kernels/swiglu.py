@@ -6,6 +6,8 @@ Floor, e bytes an element and N elements: forward 3eN, backward 5eN (gate, up, d
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -136,11 +138,11 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, fused: bool =
     return Call((gate, normal((rows, columns), dtype, device, generator, scale=scale)))
 
 
-def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return dtype.itemsize * shape[0] * shape[1] * (3 if direction == "forward" else 5)
 
 
-def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction) -> int:
+def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
     return shape[0] * shape[1] * (5 if direction == "forward" else 13)
 
 
