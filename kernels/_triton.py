@@ -41,6 +41,7 @@ else:
 jit = triton.jit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WORD = 0xFFFFFFFF
 
 
 def why_not(device: torch.device) -> str:
@@ -104,4 +105,11 @@ def mix(x):
     """lowbias32, a bijection of uint32 that spreads every input bit over every output bit."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+def mix_reference(x: Tensor) -> Tensor:
+    """`mix` of numbers below 2^32 held in int64."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
     return x ^ (x >> 16)

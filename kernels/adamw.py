@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from fastllm.kernels._triton import jit, mix, require, tl
+from fastllm.kernels._triton import WORD, jit, mix, mix_reference, require, tl
 
 CHUNK = 16384  # elements a program updates
 BLOCK = 2048
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-WORD = 0xFFFFFFFF
 
 
 def _scalars(lr: float, beta1: float, beta2: float, weight_decay: float,
@@ -41,14 +40,8 @@ def _scalars(lr: float, beta1: float, beta2: float, weight_decay: float,
 def random_bits(index: Tensor, seed: int, step: int) -> Tensor:
     """The 16 random bits of each global element index (int64), as int64."""
     key = (seed & WORD) ^ ((step * 0x9E3779B9) & WORD)
-
-    def mix(x: Tensor) -> Tensor:
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
-        x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
-        return x ^ (x >> 16)
-
     x = (index & WORD) ^ key ^ (((index >> 32) * 0x85EBCA6B) & WORD)
-    return mix((mix(x) + key + 0x632BE5AB) & WORD) >> 16
+    return mix_reference((mix_reference(x) + key + 0x632BE5AB) & WORD) >> 16
 
 
 def round_stochastically(values: Tensor, index: Tensor, seed: int, step: int) -> Tensor:
