@@ -110,7 +110,7 @@ def kernels() -> tuple[Kernel, ...]:
     package = __name__.rpartition(".")[0]
     names = sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)])
                    if not found.name.startswith("_"))
-    found = []
+    found: list[Kernel] = []
     for name in names:
         module = importlib.import_module(f"{package}.{name}")
         found += getattr(module, "KERNELS", None) or [module.KERNEL]

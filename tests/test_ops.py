@@ -1,11 +1,14 @@
 """Which backend runs what, and the ops that have no kernel of their own yet."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastllm import cpu, ops
-from fastllm.kernels import _triton
+from fastllm.kernels import _spec, _triton
+from fastllm.ops import _dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAVE_CPP = DEVICE == "cpu" and cpu.available()
@@ -14,7 +17,7 @@ HAVE_CPP = DEVICE == "cpu" and cpu.available()
 def backends(op):
     """The backends that can run an op on this machine."""
     return [name for name in ops.BACKENDS
-            if not ops._why_not(op, name, torch.device(DEVICE))]
+            if not _dispatch.why_not(op, name, torch.device(DEVICE))]
 
 
 def for_each(*names):
@@ -27,7 +30,9 @@ def for_each(*names):
 
 def test_auto_on_cpu_tensors():
     for op, (backend, reason) in ops.dispatch("cpu").items():
-        if cpu.available() or op == "linear":
+        if "cpp" not in _dispatch.TABLE[op].backends:
+            assert (backend, reason) == ("reference", f"{op} has no cpp implementation")
+        elif cpu.available() or op == "linear":
             assert backend == "cpp", op
         else:
             assert backend == "reference", op
@@ -48,8 +53,8 @@ def test_auto_without_the_extension(monkeypatch):
 
 def test_auto_on_other_devices():
     cuda = ops.dispatch("cuda")
-    assert {op for op, (backend, _) in cuda.items() if backend == "triton"} == {
-        "rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy", "adamw_step"}
+    kernels = {kernel.public.__name__ for kernel in _spec.kernels()}
+    assert {op for op, (backend, _) in cuda.items() if backend == "triton"} == kernels
     assert cuda["attention"] == ("reference", "torch's scaled_dot_product_attention")
     assert {backend for backend, _ in ops.dispatch("meta").values()} == {"reference"}
     x = torch.empty(2, 8, device="meta")
@@ -85,8 +90,35 @@ def test_a_backend_that_was_asked_for_and_cannot_run_raises(monkeypatch):
 
 def test_a_cuda_tensor_without_triton_raises(monkeypatch):
     monkeypatch.setattr(_triton, "_MISSING", "triton cannot be imported")
-    assert ops._why_not("rms_norm", "triton", torch.device("cuda")) == "triton cannot be imported"
+    reason = _dispatch.why_not("rms_norm", "triton", torch.device("cuda"))
+    assert reason == "triton cannot be imported"
     assert ops.dispatch("cuda")["rms_norm"][0] == "triton"  # and not, quietly, the reference
+
+
+def test_an_option_that_cpp_lacks_takes_the_reference():
+    def scaled(x, *, factor=1.0, bias=None):
+        return "triton"
+
+    scaled_op = _dispatch.face(scaled, cpp=lambda x, **_: "cpp", cpp_lacks=("factor", "bias"),
+                               reference=lambda x, **_: "reference")
+    x = torch.ones(2)
+    try:
+        if HAVE_CPP:
+            assert scaled_op(x) == scaled_op(x, factor=1.0, bias=None) == "cpp"
+            assert ops.dispatch("cpu")["scaled"][1] == "CPU tensors; reference with factor, bias"
+            with ops.use_backend("cpp", "scaled"), pytest.raises(
+                    RuntimeError, match="scaled: the cpp backend cannot run on cpu: it has no b"):
+                scaled_op(x, bias=x)
+        assert scaled_op(x, factor=2.0) == scaled_op(x, bias=x) == "reference"
+    finally:
+        del _dispatch.TABLE["scaled"]
+
+
+def test_faces_carry_the_kernels_documentation():
+    for kernel in _spec.kernels():
+        op = getattr(ops, kernel.public.__name__)
+        assert op.__doc__ == kernel.public.__doc__
+        assert inspect.signature(op) == inspect.signature(kernel.public)
 
 
 def test_settings_nest_and_are_restored():

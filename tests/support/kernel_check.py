@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm import cpu, ops
+from fastllm import ops
 from fastllm.kernels._spec import Call, Kernel, kernels
+from fastllm.ops import _dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = kernels()
@@ -16,7 +17,7 @@ KERNELS = kernels()
 def backends(kernel: Kernel) -> list[str]:
     """What can run a kernel's op here, beside the reference (which a composition has apart)."""
     names = ["triton"]
-    if DEVICE == "cpu" and cpu.available():
+    if not _dispatch.why_not(kernel.public.__name__, "cpp", torch.device(DEVICE)):
         names.append("cpp")
     if kernel.composition:
         names.append("reference")
@@ -25,6 +26,12 @@ def backends(kernel: Kernel) -> list[str]:
 
 CASES = [(kernel, backend) for kernel in KERNELS for backend in backends(kernel)]
 IDS = [f"{kernel.name}-{backend}" for kernel, backend in CASES]
+
+
+def takes(kernel: Kernel, backend: str, call: Call) -> bool:
+    """Whether a backend has every option of the call."""
+    op = _dispatch.TABLE[kernel.public.__name__]
+    return backend != "cpp" or not _dispatch.beyond_cpp(op, call.kwargs)
 
 
 def op_of(kernel: Kernel, backend: str) -> Callable[..., Any]:

@@ -1,0 +1,97 @@
+"""The public face of every fused op: one function each, and what runs it.
+
+Backends: "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1), "cpp" (CPU tensors, the
+extension fastllm._C) and "reference" (plain torch, any device). "auto", the default, takes triton
+for CUDA tensors and cpp for CPU tensors if it was built; where an op has no such implementation,
+for float64 and for other devices it takes the reference. `dispatch` says what that comes to and
+why. A backend asked for by name that cannot run raises; so does a CUDA tensor without Triton.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllm import cpu
+from fastllm.kernels import adamw as _adamw
+from fastllm.kernels import cross_entropy as _cross_entropy
+from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels import rms_norm as _rms_norm
+from fastllm.kernels import rope as _rope
+from fastllm.kernels import swiglu as _swiglu
+from fastllm.ops import _plain
+from fastllm.ops._dispatch import (
+    BACKENDS,
+    TABLE,
+    dispatch,
+    face,
+    pick,
+    register,
+    set_backend,
+    use_backend,
+)
+
+__all__ = ["BACKENDS", "OPS", "dispatch", "set_backend", "use_backend"]  # and every op
+
+# ------------------------------------------------------------- ops with a kernel, alphabetically
+
+adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step, reference=_adamw.reference)
+cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
+                     reference=_cross_entropy.reference)
+linear_cross_entropy = face(
+    _linear_cross_entropy.linear_cross_entropy,
+    cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
+    reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
+rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
+rope = face(_rope.rope, cpp=cpu.rope, reference=_rope.reference)
+swiglu = face(_swiglu.swiglu, cpp=cpu.swiglu, reference=_swiglu.reference)
+
+# ------------------------------------------------------------------- ops without one, as yet
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+              cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+    """softmax(scale * q k^T) v per head; q (B, Sq, Hq, D), k, v (B, Skv, Hkv, D), Hq % Hkv == 0.
+
+    scale: default D^-0.5. cu_seqlens (N + 1,) int32 over the B * S flattened tokens, every row
+    start among them, keeps attention within a document. Skv > Sq (generation with a cache) only
+    without cu_seqlens; causal then lets the last query see every key.
+    """
+    _check_attention(q, k, v, causal, cu_seqlens)
+    run = pick(_attention, (q,), {})
+    return run(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool,
+                     cu_seqlens: Tensor | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or k.shape[0] != q.shape[0] or (
+            k.shape[3] != q.shape[3] or k.shape[2] == 0 or q.shape[2] % k.shape[2]):
+        raise ValueError(f"attention: {shapes} are not (B, Sq, Hq, D) and twice (B, Skv, Hkv, D) "
+                         "with Hq a multiple of Hkv")
+    if k.shape[1] != q.shape[1] and cu_seqlens is not None:
+        raise ValueError(f"attention: {shapes}: with cu_seqlens, queries and keys are as many")
+    if causal and k.shape[1] < q.shape[1]:
+        raise ValueError(f"attention: {shapes}: causal needs at least as many keys as queries")
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The global L2 norm as a 0-d float32 tensor; the same bits for any number of threads."""
+    return pick(_grad_norm, grads, {})(grads) if grads else torch.zeros(())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) @ weight (O, I).T + bias, by the fastest exact product of the device."""
+    return pick(_linear, (x,), {})(x, weight, bias)
+
+
+_attention = register(attention, cpp=cpu.attention, reference=_plain.attention,
+                      on_cuda="torch's scaled_dot_product_attention")
+_grad_norm = register(grad_norm, cpp=cpu.grad_norm, reference=_plain.grad_norm,
+                      on_cuda="torch's multi-tensor norm")
+# The fast float32 product comes from torch itself and needs no extension.
+_linear = register(linear, cpp=cpu.linear, reference=F.linear, compiled=False,
+                   on_cuda="the vendor's matrix product")
+OPS = tuple(TABLE)
