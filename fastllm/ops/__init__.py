@@ -18,6 +18,7 @@ from fastllm import cpu
 from fastllm.kernels import adamw as _adamw
 from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import rms_norm as _rms_norm
 from fastllm.kernels import rope as _rope
 from fastllm.kernels import swiglu as _swiglu
@@ -44,6 +45,7 @@ linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
+logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
 rope = face(_rope.rope, cpp=cpu.rope, reference=_rope.reference)
 swiglu = face(_swiglu.swiglu, cpp=cpu.swiglu, reference=_swiglu.reference)
