@@ -1,0 +1,235 @@
+"""The registry's ops as others make them, called as their own users call them.
+
+`prepare(kernel, call, name)` turns the arguments of our op into a function without arguments that
+runs the contender's forward, with whatever its layout needs (Hugging Face's rotary tables, say)
+made beforehand; None where it is not installed or has no such op or option. Liger-Kernel runs in
+Triton's interpreter too, mended by `_on_the_interpreter` to do there what it does on an H100.
+"""
+
+import functools
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.kernels._spec import Call, Kernel
+from fastllm.kernels._triton import INTERPRETED, jit, tanh, tl
+
+Forward = Callable[[], Any]
+H100_MULTIPROCESSORS = 132
+
+
+@jit
+def _rsqrt(x):
+    return 1.0 / tl.sqrt(x)
+
+
+def _rewrite(module: Any, name: str, changes: dict[str, str]) -> None:
+    """Replace a function of a module by its own text, changed. Raises where the text is another."""
+    text = textwrap.dedent(inspect.getsource(getattr(module, name)))
+    for old, new in changes.items():
+        if old not in text:
+            raise RuntimeError(f"peers: {module.__name__}.{name} no longer has {old!r}: this "
+                               "version of Liger needs other mends for the interpreter")
+        text = text.replace(old, new)
+    exec(compile(text, f"<{module.__name__}>", "exec"), module.__dict__)
+
+
+def _on_the_interpreter() -> None:
+    """Make Liger take on CPU tensors the way it takes on an H100.
+
+    libdevice cannot be interpreted; a grid of one program a multiprocessor would have one; and its
+    chunked losses would leave the products that write where they add.
+    """
+    ops = {name: importlib.import_module(f"liger_kernel.ops.{name}") for name in (
+        "rms_norm", "fused_add_rms_norm", "layer_norm", "geglu", "cross_entropy",
+        "fused_linear_cross_entropy", "fused_linear_jsd")}
+    for module in ops.values():
+        for name, ours in (("rsqrt", _rsqrt), ("tanh", tanh)):
+            if hasattr(module, name):
+                setattr(module, name, ours)
+    for name in ("rms_norm", "fused_add_rms_norm", "layer_norm"):
+        _rewrite(ops[name], f"{name}_backward",
+                 {"sm_count = 1\n": f"sm_count = {H100_MULTIPROCESSORS}\n"})
+    linear = ops["fused_linear_cross_entropy"]
+    capable = "torch.cuda.get_device_capability(grad_weight.device)[0] >= 8"
+    _rewrite(linear, "_can_use_mm_out", {'_input.device.type != "cuda"\n': "False\n"})
+    _rewrite(linear, "fused_linear_cross_entropy_forward",
+             {'grad_weight.device.type == "cuda"\n': "True\n", capable: "True"})
+
+
+@functools.cache
+def _liger() -> Any:
+    """Liger's functional interface, or None where it is not installed."""
+    try:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
+    if INTERPRETED:
+        _on_the_interpreter()
+    return functional
+
+
+# One function an op, with our op's name and those of its options that Liger has.
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *,
+             residual: Tensor | None = None, prenorm: bool = False,
+             offset: float = 0.0) -> Forward | None:
+    casting = "gemma" if offset else "llama"
+    if residual is None:
+        return lambda: _liger().liger_rms_norm(x, weight, eps, offset, casting)
+    if weight is None or residual.dtype != x.dtype:
+        return None
+
+    def fused() -> Any:
+        y, h = _liger().liger_fused_add_rms_norm(x, residual, weight, eps, offset, casting)
+        return (y, h) if prenorm else y
+
+    return fused
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+               eps: float = 1e-5) -> Forward | None:
+    if weight is None or bias is None:
+        return None
+    return lambda: _liger().liger_layer_norm(x, weight, bias, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *,
+         position_ids: Tensor | None = None) -> Forward | None:
+    if q.dim() != 4:
+        return None
+    if position_ids is not None:  # gathered by the model, once for all its layers
+        cos, sin = cos[position_ids], sin[position_ids]
+    # Hugging Face's layout: heads before tokens as a view, full-width tables with a batch.
+    tables = [torch.cat((t, t), -1).to(q.dtype) for t in (cos, sin)]
+    tables = [t if t.dim() == 3 else t.unsqueeze(0) for t in tables]
+
+    def run() -> Any:
+        made = _liger().liger_rope(q.transpose(1, 2), k.transpose(1, 2), *tables)
+        return tuple(t.transpose(1, 2) for t in made)
+
+    return run
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Forward:
+    return lambda: _liger().liger_swiglu(gate, up)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Forward | None:
+    # Liger's has the tanh form alone; its traffic is that of the exact one.
+    return lambda: _liger().liger_geglu(gate, up)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, weight: Tensor | None = None,
+                  ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+                  softcap: float | None = None, reduction: str = "sum",
+                  inplace: bool = False) -> Forward:
+    return lambda: _liger().liger_cross_entropy(
+        logits, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        lse_square_scale=z_loss, softcap=softcap, reduction=reduction)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *,
+                         bias: Tensor | None = None, ce_weight: Tensor | None = None,
+                         ignore_index: int = -100, label_smoothing: float = 0.0,
+                         z_loss: float = 0.0, softcap: float | None = None,
+                         reduction: str = "sum") -> Forward:
+    return lambda: _liger().liger_fused_linear_cross_entropy(
+        hidden, weight, labels, bias, ce_weight, ignore_index, z_loss, label_smoothing, reduction,
+        softcap)
+
+
+def embedding(input: Tensor, weight: Tensor) -> Forward:
+    module = importlib.import_module("liger_kernel.ops.experimental.embedding")
+    return lambda: module.LigerEmbeddingFunction.apply(weight, input)
+
+
+def _logarithms(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Liger's divergences begin after the softmax, which torch then computes."""
+    scaled = [t if temperature == 1.0 else t / temperature for t in (student, teacher)]
+    first, second = (t.log_softmax(-1, dtype=torch.float32) for t in scaled)
+    return first, second
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+        beta: float = 0.5, temperature: float = 1.0, ignore_index: int = -100,
+        reduction: str = "sum") -> Forward | None:
+    if reduction == "none":
+        return None
+    return lambda: _liger().liger_jsd(
+        *_logarithms(student_logits, teacher_logits, temperature), labels, beta, ignore_index)
+
+
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
+           temperature: float = 1.0, reduction: str = "sum") -> Forward | None:
+    if labels is not None:
+        return None
+    return lambda: _liger().liger_kl_div(
+        *_logarithms(student_logits, teacher_logits, temperature), log_target=True,
+        reduction=reduction)
+
+
+def linear_jsd(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor,
+               teacher_weight: Tensor, labels: Tensor | None = None, *, beta: float = 0.5,
+               temperature: float = 1.0, ignore_index: int = -100,
+               reduction: str = "sum") -> Forward | None:
+    if reduction == "none":
+        return None
+    return lambda: _liger().liger_fused_linear_jsd(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, beta, ignore_index,
+        temperature)
+
+
+LIGER: dict[str, Callable[..., Forward | None]] = {function.__name__: function for function in (
+    rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy, linear_cross_entropy, embedding, jsd,
+    kl_div, linear_jsd)}
+
+
+def adamw(params: Any, grads: Any, m: Any, v: Any, masters: Any, *, step: int, grad_scale: Tensor,
+          lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> Forward:
+    """torch's fused AdamW, with the casts around it that weights with float32 masters need."""
+    wide = [p if master is None else master for p, master in zip(params, masters, strict=True)]
+    mastered = any(master is not None for master in masters)
+    found = torch.zeros((), device=grad_scale.device)
+
+    def run() -> None:
+        steps = [torch.full((), float(step - 1), device=p.device) for p in wide]
+        torch._foreach_add_(steps, 1)
+        # torch divides by the scale that was multiplied in.
+        torch._fused_adamw_(wide, [g.float() for g in grads], m, v, [], steps, lr=lr, beta1=beta1,
+                            beta2=beta2, eps=eps, weight_decay=weight_decay, amsgrad=False,
+                            maximize=False, grad_scale=grad_scale.reciprocal(), found_inf=found)
+        if mastered:
+            torch._foreach_copy_(params, masters)
+
+    return run
+
+
+TORCH = {"adamw": adamw}
+
+
+def _plain(function: Callable[..., Any]) -> Callable[[Call], Forward]:
+    return lambda call: lambda: function(*call.args, **call.kwargs)
+
+
+def prepare(kernel: Kernel, call: Call, name: str) -> Forward | None:
+    """The forward of contender `name` on this call, or None where there is none."""
+    if name == "ours":
+        return _plain(kernel.public)(call)
+    if name == "torch eager":
+        return _plain(kernel.reference)(call)
+    if name == "torch.compile":
+        return _plain(torch.compile(kernel.reference))(call)
+    peer = {"liger": LIGER if _liger() else {}, "torch fused": TORCH}[name].get(kernel.name)
+    if peer is None:
+        return None
+    try:
+        inspect.signature(peer).bind(*call.args, **call.kwargs)
+    except TypeError:  # an option that the contender has not
+        return None
+    return peer(*call.args, **call.kwargs)

@@ -1,0 +1,259 @@
+"""Count what every kernel of the registry moves, over the least it could, beside Liger-Kernel.
+
+    python bench/traffic.py [--kernel NAME ...] [--peers] [--check] [--out FILE]
+
+Runs on any machine, in Triton's interpreter (see meter.py), the same to the byte every time. For
+each kernel, plain and with each of its bench options, at its traffic shapes, in bfloat16: requested
+and unique bytes of the launches plus the bytes of PyTorch's operators around them, both over
+floor_bytes, launches, and FLOPs of products over floor_flops. The backward is counted alone, its
+upstream gradients given; an op that does its backward's work in its forward is judged by the two
+together. The gate, at the last traffic shape of kernels bound by bytes: unique <= 1.05 and
+requested <= 1.10 times the floor, or an entry of `above_floor` that says why it cannot be.
+
+Results go to bench/results/interpreter/traffic.json, where the kernels that were not run keep
+theirs. --check writes nothing and fails where the file says otherwise than what was counted.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+from meter import Meter  # noqa: E402
+from peers import prepare  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from fastllm.kernels._spec import Kernel, kernels  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "interpreter" / "traffic.json"
+UNIQUE, REQUESTED = 1.05, 1.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to count: a kernel by name, options by their name ("" is the plain call)."""
+
+    kernel: str
+    options: str
+    shape: tuple[int, ...]
+    contender: str
+
+
+def by_name() -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in kernels()}
+
+
+def cases(names: list[str], contenders: list[str]) -> list[Case]:
+    """Every case, kernels and shapes in the registry's order."""
+    registry = by_name()
+    return [Case(name, options, shape, contender) for name in names
+            for options in ("", *registry[name].bench_options)
+            for shape in registry[name].traffic_shapes for contender in contenders]
+
+
+def counted(meter: Meter) -> dict[str, Any]:
+    return {"launches": len(meter.launches), "programs": sum(x.programs for x in meter.launches),
+            "requested": meter.requested, "unique": meter.unique, "aten_bytes": meter.aten_bytes,
+            "flops": meter.flops, "aten": dict(sorted(meter.aten.items()))}
+
+
+def measure(case: Case) -> list[dict[str, Any]] | str:
+    """One row a direction; none where the contender has no such op; a line where it fails."""
+    torch.set_num_threads(1)
+    try:
+        return list(directions(case))
+    except Exception as error:  # one kernel's failure must not hide what the others move
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{case.kernel} {case.options}: {case.contender} fails at {case.shape}: {what}"
+
+
+def directions(case: Case) -> Iterator[dict[str, Any]]:
+    kernel = by_name()[case.kernel]
+    options = dict(kernel.bench_options.get(case.options, {}))
+    dtype = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else kernel.dtypes[0]
+    call = kernel.inputs(case.shape, dtype, "cpu", torch.Generator().manual_seed(0), **options)
+    forward = prepare(kernel, call, case.contender)
+    if forward is None:
+        return
+    found = {}
+    with Meter() as meter:
+        outputs = forward()
+    found["forward"] = counted(meter)
+    outputs = [x for x in tree_leaves(outputs) if isinstance(x, torch.Tensor) and x.requires_grad]
+    if outputs and not kernel.mutates:
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(x.shape, generator=generator).to(x.dtype) if x.dim()
+                    else torch.ones_like(x) for x in outputs]
+        with Meter() as meter:
+            torch.autograd.grad(outputs, call.differentiated(), upstream, allow_unused=True)
+        found["backward"] = counted(meter)
+    for direction, counts in found.items():
+        yield {**asdict(case), "dtype": str(dtype)[6:], "direction": direction,
+               "bound": kernel.bound, **counts,
+               "floor_bytes": kernel.floor_bytes(case.shape, dtype, direction, **options),
+               "floor_flops": kernel.floor_flops(case.shape, dtype, direction, **options)}
+
+
+def run(todo: list[Case], processes: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of every case, in their order, and a line for each that failed."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        # The large shapes start first, so that no process is left with one at the end.
+        order = sorted(range(len(todo)), key=lambda i: -torch.Size(todo[i].shape).numel())
+        done = dict(zip(order, pool.map(measure, [todo[i] for i in order]), strict=True))
+    results = [done[i] for i in range(len(todo))]
+    return ([row for rows in results if not isinstance(rows, str) for row in rows],
+            [line for line in results if isinstance(line, str)])
+
+
+def ratios(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """(unique + aten) and (requested + aten) over the floor, for rows taken together."""
+    floor = sum(row["floor_bytes"] for row in rows) or 1
+    return (sum(row["unique"] + row["aten_bytes"] for row in rows) / floor,
+            sum(row["requested"] + row["aten_bytes"] for row in rows) / floor)
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """The rows of each (kernel, options, shape, contender) by direction."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["kernel"], row["options"], tuple(row["shape"]), row["contender"])
+        groups.setdefault(key, {})[row["direction"]] = row
+    return groups
+
+
+def judged(group: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What to hold to the floor: each direction, or both together where the backward moves less
+    than its floor, its work having been done in the forward."""
+    if "backward" in group and ratios([group["backward"]])[0] < 0.995:
+        return {"forward and backward": list(group.values())}
+    return {direction: [row] for direction, row in group.items()}
+
+
+def offenders(kernel: Kernel, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for each thing that the gate refuses; `rows` are ours, of this kernel."""
+    if not kernel.traffic_shapes:
+        yield f"{kernel.name}: has no traffic_shapes"
+        return
+    needed = set()
+    for (_, options, shape, _), group in grouped(rows).items():
+        if shape != kernel.traffic_shapes[-1] or kernel.bound != "bytes":
+            continue
+        for direction, together in judged(group).items():
+            unique, requested = ratios(together)
+            if unique <= UNIQUE and requested <= REQUESTED:
+                continue
+            key = f"{options} {direction}".strip()
+            needed.add(key)
+            if key not in kernel.above_floor:
+                yield (f"{kernel.name}: {key} moves {unique:.3f}x its floor unique, "
+                       f"{requested:.3f}x requested; allowed {UNIQUE}x and {REQUESTED}x, "
+                       f"or above_floor[{key!r}] says why")
+    for key in sorted(set(kernel.above_floor) - needed):
+        yield (f"{kernel.name}: above_floor[{key!r}] is not needed: that direction is at its "
+               "floor, or there is none of that name")
+
+
+def differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Iterator[str]:
+    """What the committed rows of these kernels say otherwise. Peers' rows need not be counted
+    again, as long as they are of the same cases and floors as ours."""
+    theirs, ours = grouped(old), grouped(new)
+    for key, group in ours.items():
+        if theirs.get(key) != group:
+            yield f"{' '.join(map(str, key[:3]))}: not what {RESULTS.name} says"
+    floors = {key[:3]: {d: row["floor_bytes"] for d, row in group.items()}
+              for key, group in ours.items()}
+    for key, group in theirs.items():
+        found = {direction: row["floor_bytes"] for direction, row in group.items()}
+        if key not in ours and (key[3] == "ours" or found.items() > floors.get(key[:3], {}).items()
+                                or not floors.get(key[:3], {}).items() >= found.items()):
+            yield f"{' '.join(map(str, key))}: {RESULTS.name} has it, the registry has not"
+
+
+def show(rows: list[dict[str, Any]], registry: dict[str, Kernel]) -> None:
+    """The table: a line a direction, contenders beside each other."""
+    groups = grouped(rows)
+    print(f"{'kernel':42} {'shape':>18} {'direction':20} | {'ours: launches unique requested':32}"
+          f" {'aten':>6} {'FLOPs':>6} | liger: launches unique requested")
+
+    def cells(together: list[dict[str, Any]]) -> str:
+        unique, requested = ratios(together)
+        return f"{sum(row['launches'] for row in together):8} {unique:9.3f} {requested:9.3f}"
+
+    for (name, options, shape, contender), group in groups.items():
+        if contender != "ours":
+            continue
+        peer = groups.get((name, options, shape, "liger"), {})
+        both = {"forward and backward": list(group.values())} if len(group) > 1 else {}
+        for direction, together in ({d: [r] for d, r in group.items()} | both).items():
+            floor = sum(row["floor_bytes"] for row in together) or 1
+            aten = sum(row["aten_bytes"] for row in together) / floor
+            flops = sum(row["flops"] for row in together)
+            least = sum(row["floor_flops"] for row in together) or 1
+            other = [row for row in peer.values() if row["direction"] in direction]
+            line = (f"{f'{name} {options}':42} {'x'.join(map(str, shape)):>18} {direction:20} | "
+                    f"{cells(together):32} {aten:6.3f} {flops / least if flops else 0:6.2f} | "
+                    f"{cells(other) if other else ''}")
+            print(line.rstrip())
+        for key, reason in registry[name].above_floor.items():
+            if key.startswith(options) and shape == registry[name].traffic_shapes[-1]:
+                print(f"    {key}: {reason}")
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+
+
+def main() -> int:
+    registry = by_name()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", nargs="*", choices=registry, metavar="NAME", help="only these")
+    parser.add_argument("--peers", action="store_true", help="count Liger's ops too")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; fail where the results file says otherwise")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    names = options.kernel or list(registry)
+    contenders = ["ours", *(["liger"] if options.peers else [])]
+    rows, wrong = run(cases(names, contenders), options.processes)
+    show(rows, registry)
+    for name in names:
+        wrong += offenders(registry[name], [row for row in rows if row["kernel"] == name
+                                            and row["contender"] == "ours"])
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    before = [row for row in stored["rows"] if row["kernel"] in names]
+    if options.check:
+        wrong += list(differences(before, json.loads(json.dumps(rows))))
+    else:
+        write(stored["rows"], rows, names, list(registry), options.peers)
+    for line in wrong:
+        print(f"traffic: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def write(old: list[dict[str, Any]], new: list[dict[str, Any]], names: list[str],
+          order: list[str], peers: bool) -> None:
+    """The new rows in the place of the old ones of the same kernels, in the registry's order."""
+    kept = [row for row in old if row["kernel"] in order and (
+        row["kernel"] not in names or (row["contender"] != "ours" and not peers))]
+    rows = sorted(kept + new, key=lambda row: order.index(row["kernel"]))
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    RESULTS.write_text(f'{{"versions": {json.dumps(versions())},\n "rows": [\n{lines}\n]}}\n')
+    print(f"written to {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
