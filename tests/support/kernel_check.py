@@ -72,6 +72,7 @@ def run(kernel: Kernel, function: Callable[..., Any], call: Call,
         return results
     generator = torch.Generator(DEVICE).manual_seed(7)
     # Every type must see the same upstream values, so they are exact in bfloat16.
+    outputs = [output for output in outputs if output.requires_grad]
     upstream = [change(torch.randn(output.shape, generator=generator, device=DEVICE).bfloat16()
                        .to(output.dtype)) for output in outputs]
     return results + list(torch.autograd.grad(outputs, inputs, upstream))
