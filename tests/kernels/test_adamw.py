@@ -5,6 +5,7 @@ import torch
 from kernel_check import DEVICE
 
 from fastllm import cpu, ops
+from fastllm.kernels import _multi_tensor as multi
 from fastllm.kernels import adamw
 
 BACKENDS = ["triton", "reference", *(["cpp"] if DEVICE == "cpu" and cpu.available() else [])]
@@ -58,7 +59,7 @@ def python_bits(index, seed, number):
 def test_random_bits_are_the_described_hash():
     indices = [0, 1, 2, 65535, (1 << 32) - 1, 1 << 32, (1 << 40) + 12345]
     for seed, number in ((0, 1), (7, 3), (1 << 31, 100_000)):
-        bits = adamw.random_bits(torch.tensor(indices), seed, number).tolist()
+        bits = multi.random_bits(torch.tensor(indices), multi.key_of(seed, number)).tolist()
         assert bits == [python_bits(i, seed, number) for i in indices]
 
 
@@ -94,12 +95,12 @@ def test_backends_draw_the_same_bits():
 
 def test_rounding_is_right_in_the_mean():
     values = torch.full((1 << 16,), 1.0 + 0.3 * 2**-7)
-    got = adamw.round_stochastically(values, torch.arange(1 << 16), 1, 1).float()
+    got = multi.round_stochastically(values, torch.arange(1 << 16), multi.key_of(1, 1)).float()
     assert set(got.unique().tolist()) == {1.0, 1.0 + 2**-7}
     share = (got > 1).float().mean().item()
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / (1 << 16)) ** 0.5
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
-    kept = adamw.round_stochastically(special, torch.arange(5), 1, 1)
+    kept = multi.round_stochastically(special, torch.arange(5), multi.key_of(1, 1))
     torch.testing.assert_close(kept, special.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
