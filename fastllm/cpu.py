@@ -137,17 +137,24 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return _OPS.swiglu(gate, up)
+        return _OPS.swiglu(*(gate.chunk(2, -1) if up is None else (gate, up)))
 
     @staticmethod
     def backward(ctx, grad):
-        # Halves of one tensor: whoever splits one projection into gate and up can take it whole.
-        return _OPS.swiglu_backward(grad, *ctx.saved_tensors).chunk(2, -1)
+        gate, up = ctx.saved_tensors
+        if up is None:
+            return _OPS.swiglu_backward(grad, *gate.chunk(2, -1)), None
+        return _OPS.swiglu_backward(grad, gate, up).chunk(2, -1)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise; both (..., F)."""
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, elementwise; both (..., F), or gate (..., 2F) with both side by side."""
     return _SwiGlu.apply(gate, up)
+
+
+def swiglu_linear(gate: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+    """swiglu(gate, up) @ weight.T; keeps the product for its backward."""
+    return linear(swiglu(gate, up), weight)
 
 
 # -------------------------------------------------------------------------------------- attention

@@ -1,8 +1,11 @@
-"""SwiGLU's elementwise part: silu(gate) * up, with silu(g) = g / (1 + exp(-g)).
+"""SwiGLU: silu(gate) * up, with silu(g) = g / (1 + exp(-g)), alone and before a linear layer.
 
-gate, up (..., F) of one type; the product in that type, computed in float32, rounded once. The
-backward recomputes the sigmoid, so nothing but the two inputs is kept.
+gate, up (..., F) of one type, or gate (..., 2F) that holds both side by side; the product in that
+type, computed in float32, rounded once. The backward recomputes the sigmoid, so nothing but the
+two inputs is kept; before a linear layer it rewrites the product in the same pass.
 Floor, e bytes an element and N elements: forward 3eN, backward 5eN (gate, up, dout in; two out).
+With the layer, weight (O, F) and N = TF: 2NO FLOPs forward, 4NO backward, around which the one
+kernel of the backward moves 6eN bytes.
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 """
 
@@ -10,132 +13,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
+from fastllm.kernels._glu import glu, glu_linear
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
-
-TILE = 2048
 
 
-def reference(gate: Tensor, up: Tensor) -> Tensor:
-    wide = compute_dtype(gate)
-    return (torch.nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    g, u = gate.chunk(2, -1) if up is None else (gate, up)
+    wide = compute_dtype(g)
+    return (silu(g.to(wide)) * u.to(wide)).to(g.dtype)
 
 
-@jit
-def _forward_kernel(gate, up, out, columns, blocks, gate_stride, up_stride, BLOCK: tl.constexpr):
-    """One program a piece of BLOCK columns of one row; out is contiguous."""
-    # int64: row * stride passes 2^31 in real runs.
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    value = g / (1.0 + tl.exp(-g)) * u
-    tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=mask)
+def reference_linear(gate: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+    return linear(reference(gate, up), weight)
 
 
-@jit
-def _backward_kernel(dout, gate, up, dgate, dup, columns, blocks, dout_stride, gate_stride,
-                     up_stride, BLOCK: tl.constexpr):
-    """One program a piece of BLOCK columns of one row; dgate and dup are contiguous."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    d = tl.load(dout + row * dout_stride + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    # silu'(g) = s (1 + g (1 - s)); 1 - s is formed as a sigmoid too, which does not cancel.
-    slope = sigmoid * (1.0 + g / (1.0 + tl.exp(g)))
-    to = row * columns + column
-    tl.store(dgate + to, (d * u * slope).to(dgate.dtype.element_ty), mask=mask)
-    tl.store(dup + to, (d * (g * sigmoid)).to(dup.dtype.element_ty), mask=mask)
-
-
-def _layout(*tensors: Tensor) -> list[Tensor]:
-    """Matrices with unit column stride: one long row where everything is contiguous."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.reshape(1, -1) for tensor in tensors]
-    return [rows_of(tensor) for tensor in tensors]
-
-
-def _grid(matrix: Tensor) -> tuple[int, int, int]:
-    """Blocks a row, the block and its warps."""
-    block = min(TILE, next_power_of_2(matrix.shape[1]))
-    return cdiv(matrix.shape[1], block), block, warps_for(block)
-
-
-@torch.library.custom_op("fastllm::swiglu", mutates_args=())
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    require("swiglu", gate, up)
-    out = _forward_fake(gate, up)
-    if gate.numel():
-        g, u = _layout(gate, up)
-        blocks, block, warps = _grid(g)
-        with torch.cuda.device_of(gate):
-            _forward_kernel[(g.shape[0] * blocks,)](
-                g, u, out, g.shape[1], blocks, g.stride(0), u.stride(0),
-                BLOCK=block, num_warps=warps)
-    return out
-
-
-@_forward.register_fake
-def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("fastllm::swiglu_backward", mutates_args=())
-def _backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = _backward_fake(dout, gate, up)
-    if gate.numel():
-        d, g, u = _layout(dout, gate, up)
-        blocks, block, warps = _grid(g)
-        with torch.cuda.device_of(gate):
-            _backward_kernel[(g.shape[0] * blocks,)](
-                d, g, u, dgate, dup, g.shape[1], blocks, d.stride(0), g.stride(0), u.stride(0),
-                BLOCK=block, num_warps=warps)
-    return dgate, dup
-
-
-@_backward.register_fake
-def _backward_fake(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _autograd(ctx, dout: Tensor):
-    return _backward(dout, *ctx.saved_tensors)
-
-
-_forward.register_autograd(_autograd, setup_context=_setup)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up for gate, up (..., F) of one shape and type; any strides.
 
-    The two halves of one projection, `both.chunk(2, -1)`, are read where they lie.
+    Without up, gate (..., 2F) holds both side by side, as one projection makes them; its gradient
+    is then one tensor that nobody has to join.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and "
-                         f"up {tuple(up.shape)} {up.dtype} must agree")
-    return _forward(gate, up)
+    return glu("swiglu", "swiglu", gate, up)
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, fused: bool = False,
-           scale: float = 1.0) -> Call:
-    rows, columns = shape
-    if fused:
-        both = normal((rows, 2 * columns), dtype, device, generator, grad=False, scale=scale)
-        gate, up = both.chunk(2, -1)
-        return Call((gate.requires_grad_(), up.requires_grad_()))
-    gate = normal((rows, columns), dtype, device, generator, scale=scale)
-    return Call((gate, normal((rows, columns), dtype, device, generator, scale=scale)))
+def swiglu_linear(gate: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+    """swiglu(gate, up) @ weight.T for weight (O, F): an MLP from its two projections on.
+
+    Keeps gate and up alone: the backward makes their product again in the pass that makes their
+    gradients. up None: as in `swiglu`. Takes part in autocast.
+    """
+    return glu_linear("swiglu_linear", "swiglu", gate, up, weight)
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, packed: bool = False,
+           fused: bool = False, scale: float = 1.0, **options: Any) -> Call:
+    rows, columns = shape[:2]
+    if packed or fused:
+        both = normal((rows, 2 * columns), dtype, device, generator, grad=packed, scale=scale)
+        halves = [half.requires_grad_() for half in both.chunk(2, -1)] if fused else [both]
+        return Call(tuple(halves), options)
+    return Call(tuple(normal((rows, columns), dtype, device, generator, scale=scale)
+                      for _ in range(2)), options)
+
+
+def inputs_linear(shape: Shape, dtype: torch.dtype, device, generator, **options: Any) -> Call:
+    call = inputs(shape, dtype, device, generator, **options)
+    gate, up = (*call.args, None)[:2]
+    weight = normal((shape[2], shape[1]), dtype, device, generator, scale=shape[1] ** -0.5)
+    return Call((gate, up, weight), call.kwargs)
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
@@ -146,14 +73,45 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any
     return shape[0] * shape[1] * (5 if direction == "forward" else 13)
 
 
-KERNEL = Kernel(
-    name="swiglu", public=swiglu, reference=reference, inputs=inputs,
-    axes=("rows", "intermediate_size"),
-    test_shapes=((1, 1), (3, 7), (5, 100), (2, 2049)),
-    empty_shapes=((0, 8), (4, 0)),
-    bench_shapes=((16384, 1408), (16384, 14336)),
-    audit_shapes=((4, 1408), (4, 14336)),
-    variants={"fused halves": {"fused": True}, "saturated": {"scale": 40.0}},
-    overflow_shape=(2, 8),
-    floor_bytes=floor_bytes, floor_flops=floor_flops,
+def floor_bytes_linear(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
+    rows, columns, out = shape
+    once = 2 * rows * columns + columns * out
+    return dtype.itemsize * (rows * out + (once if direction == "forward" else 2 * once))
+
+
+def floor_flops_linear(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
+    return (2 if direction == "forward" else 4) * shape[0] * shape[1] * shape[2]
+
+
+ELEMENTWISE: dict[str, Any] = {
+    "inputs": inputs, "axes": ("rows", "intermediate_size"),
+    "test_shapes": ((1, 1), (3, 7), (5, 100), (2, 2049)),
+    "empty_shapes": ((0, 8), (4, 0)),
+    "bench_shapes": ((16384, 1408), (16384, 14336)),
+    "traffic_shapes": ((256, 1408), (4096, 1408)),
+    "audit_shapes": ((4, 1408), (4, 14336)),
+    "bench_options": {"packed": {"packed": True}},
+    "overflow_shape": (2, 8),
+    "floor_bytes": floor_bytes, "floor_flops": floor_flops,
+}
+LINEAR: dict[str, Any] = {
+    "inputs": inputs_linear, "axes": ("rows", "intermediate_size", "hidden_size"),
+    "bound": "flops",
+    "test_shapes": ((1, 1, 1), (3, 7, 5), (5, 100, 24)),
+    "empty_shapes": ((0, 8, 4), (4, 8, 0)),
+    "bench_shapes": ((16384, 1408, 512), (16384, 14336, 4096)),
+    "traffic_shapes": ((256, 1408, 512), (4096, 1408, 512)),
+    "audit_shapes": ((4, 1408, 512),),
+    "bench_options": {"packed": {"packed": True}},
+    "overflow_shape": (2, 8, 3),
+    "floor_bytes": floor_bytes_linear, "floor_flops": floor_flops_linear,
+}
+"""What every gated linear unit tells its tools, alone and before a linear layer."""
+
+KERNELS = (
+    Kernel(name="swiglu", public=swiglu, reference=reference, **ELEMENTWISE,
+           variants={"fused halves": {"fused": True}, "saturated": {"scale": 40.0},
+                     "packed": {"packed": True}}),
+    Kernel(name="swiglu_linear", public=swiglu_linear, reference=reference_linear, **LINEAR,
+           variants={"fused halves": {"fused": True}, "packed": {"packed": True}}),
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastllm import cpu
 from fastllm.kernels import adamw as _adamw
 from fastllm.kernels import cross_entropy as _cross_entropy
+from fastllm.kernels import geglu as _geglu
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
 from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import rms_norm as _rms_norm
@@ -41,6 +42,8 @@ __all__ = ["BACKENDS", "OPS", "dispatch", "set_backend", "use_backend"]  # and e
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step, reference=_adamw.reference)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      reference=_cross_entropy.reference)
+geglu = face(_geglu.geglu, reference=_geglu.reference)
+geglu_linear = face(_geglu.geglu_linear, reference=_geglu.reference_linear)
 linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
@@ -49,6 +52,8 @@ logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
 rope = face(_rope.rope, cpp=cpu.rope, reference=_rope.reference)
 swiglu = face(_swiglu.swiglu, cpp=cpu.swiglu, reference=_swiglu.reference)
+swiglu_linear = face(_swiglu.swiglu_linear, cpp=cpu.swiglu_linear,
+                     reference=_swiglu.reference_linear)
 
 # ------------------------------------------------------------------- ops without one, as yet
 
