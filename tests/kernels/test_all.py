@@ -222,7 +222,7 @@ def test_the_judge_rejects_wrong_kernels(kernel):
             changed = [*beside[:i], wrong(tensor), *beside[i + 1:]]
             with pytest.raises(AssertionError):
                 kc.judge(changed, beside, truth)
-    if not kernel.mutates:
+    if call.differentiated():
         def tilted(*args, **kwargs):
             tilt = [Tilt.apply(a, 1.0001) if isinstance(a, torch.Tensor) and a.requires_grad else a
                     for a in args]
