@@ -18,11 +18,15 @@ from fastllm import cpu
 from fastllm.kernels import adamw as _adamw
 from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import geglu as _geglu
+from fastllm.kernels import jsd as _jsd
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
 from fastllm.kernels import logprobs as _logprobs
+from fastllm.kernels import lora as _lora
+from fastllm.kernels import quant as _quant
 from fastllm.kernels import rms_norm as _rms_norm
 from fastllm.kernels import rope as _rope
 from fastllm.kernels import swiglu as _swiglu
+from fastllm.kernels.quant import NF4, Int8, quantize_int8, quantize_nf4
 from fastllm.ops import _plain
 from fastllm.ops._dispatch import (
     BACKENDS,
@@ -35,22 +39,30 @@ from fastllm.ops._dispatch import (
     use_backend,
 )
 
-__all__ = ["BACKENDS", "OPS", "dispatch", "set_backend", "use_backend"]  # and every op
+__all__ = ["BACKENDS", "NF4", "OPS", "Int8", "dispatch", "quantize_int8", "quantize_nf4",
+           "set_backend", "use_backend"]  # and every op
 
 # ------------------------------------------------------------- ops with a kernel, alphabetically
 
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step, reference=_adamw.reference)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      reference=_cross_entropy.reference)
+dequantize = face(_quant.dequantize, reference=_quant.dequantize_reference)
+int8_linear = face(_quant.int8_linear, reference=_quant.linear_reference)
 geglu = face(_geglu.geglu, reference=_geglu.reference)
 geglu_linear = face(_geglu.geglu_linear, reference=_geglu.reference_linear)
+jsd = face(_jsd.jsd, reference=_jsd.reference)
+kl_div = face(_jsd.kl_div, reference=_jsd.kl_reference)
 linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
+lora_linear = face(_lora.lora_linear, reference=_lora.reference)
+nf4_linear = face(_quant.nf4_linear, reference=_quant.linear_reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
-rope = face(_rope.rope, cpp=cpu.rope, reference=_rope.reference)
+rope = face(_rope.rope, cpp=cpu.rope, cpp_lacks=("interleaved",), reference=_rope.reference)
+rope_tables = _rope.rope_tables  # plain torch on any device
 swiglu = face(_swiglu.swiglu, cpp=cpu.swiglu, reference=_swiglu.reference)
 swiglu_linear = face(_swiglu.swiglu_linear, cpp=cpu.swiglu_linear,
                      reference=_swiglu.reference_linear)
