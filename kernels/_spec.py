@@ -81,6 +81,8 @@ class Kernel:
     """Why a direction cannot be at its floor, by "forward", "backward" or "OPTIONS backward"."""
     audit_shapes: tuple[Shape, ...] = ()
     """Real widths with few rows: cheap to build, and they select the configurations that ship."""
+    narrow_access: Mapping[str, str] = field(default_factory=dict)
+    """Why a Triton function, by name, cannot read or write its 16-bit rows 128 bits at a time."""
     empty_shapes: tuple[Shape, ...] = ()
     """Shapes with a zero in them that the op takes."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
