@@ -395,7 +395,10 @@ def inputs_of(shape: Shape, dtype: torch.dtype, device: Any, generator: torch.Ge
               states: Sequence[str], *, masters: bool = True, grad_dtype: torch.dtype | None = None,
               stochastic: bool = False, offset: int = 0, bad_scale: bool = False,
               **options: Any) -> Call:
-    """A call of a step function: tensors of n, n - 1, ... elements; states "+" are positive."""
+    """A call of a step function: tensors of n, n - 1, ... elements.
+
+    states: one of "" (not kept), " " (normal), "+" (positive) and "0" (zero) each.
+    """
     tensors, numel = shape
     sizes = [(max(numel - i, 0),) for i in range(tensors)]
 
@@ -404,9 +407,9 @@ def inputs_of(shape: Shape, dtype: torch.dtype, device: Any, generator: torch.Ge
 
     wide = draw(torch.float32)
     params, grads = [w.to(dtype) for w in wide], draw(grad_dtype or dtype, 8.0)
-    drawn = [draw(torch.float32, 0.1) if state else None for state in states]
-    drawn = [[x.square() for x in given] if given and state == "+" else given
-             for given, state in zip(drawn, states, strict=True)]
+    change = {" ": lambda x: x, "+": torch.square, "0": torch.zeros_like}
+    drawn = [[change[state](x) for x in draw(torch.float32, 0.1)] if state else None
+             for state in states]
     scale = torch.full((), float("nan") if bad_scale else 0.125, device=device)
     scalars = {"lr": 1e-2, "weight_decay": 0.1, "step": 3, "grad_scale": scale, **options}
     if stochastic:

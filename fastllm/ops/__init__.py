@@ -15,16 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm import cpu
+from fastllm.kernels import adagrad as _adagrad
 from fastllm.kernels import adamw as _adamw
 from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import geglu as _geglu
 from fastllm.kernels import jsd as _jsd
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels import lion as _lion
 from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import lora as _lora
 from fastllm.kernels import quant as _quant
 from fastllm.kernels import rms_norm as _rms_norm
+from fastllm.kernels import rmsprop as _rmsprop
 from fastllm.kernels import rope as _rope
+from fastllm.kernels import sgd as _sgd
 from fastllm.kernels import swiglu as _swiglu
 from fastllm.kernels.quant import NF4, Int8, quantize_int8, quantize_nf4
 from fastllm.ops import _plain
@@ -44,6 +48,7 @@ __all__ = ["BACKENDS", "NF4", "OPS", "Int8", "dispatch", "quantize_int8", "quant
 
 # ------------------------------------------------------------- ops with a kernel, alphabetically
 
+adagrad_step = face(_adagrad.adagrad_step, reference=_adagrad.reference)
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step, reference=_adamw.reference)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      reference=_cross_entropy.reference)
@@ -57,12 +62,15 @@ linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
+lion_step = face(_lion.lion_step, reference=_lion.reference)
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 lora_linear = face(_lora.lora_linear, reference=_lora.reference)
 nf4_linear = face(_quant.nf4_linear, reference=_quant.linear_reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
+rmsprop_step = face(_rmsprop.rmsprop_step, reference=_rmsprop.reference)
 rope = face(_rope.rope, cpp=cpu.rope, cpp_lacks=("interleaved",), reference=_rope.reference)
 rope_tables = _rope.rope_tables  # plain torch on any device
+sgd_step = face(_sgd.sgd_step, reference=_sgd.reference)
 swiglu = face(_swiglu.swiglu, cpp=cpu.swiglu, reference=_swiglu.reference)
 swiglu_linear = face(_swiglu.swiglu_linear, cpp=cpu.swiglu_linear,
                      reference=_swiglu.reference_linear)
