@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt
 # Tests share two cores between processes: one thread each, or they would fight over them.
 TEST   := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test battery lint type bench gpu clean
+.PHONY: demo test battery lint type traffic audit bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/fastllm-train demo
@@ -25,6 +25,14 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy fastllm
 	$(BIN)/mypy kernels
+
+# What every kernel moves over the least it could, and its machine code for three GPUs: gates, and
+# nothing worse than the files under bench/results. Without --check the two write those files.
+traffic: $(STAMP)
+	$(BIN)/python bench/traffic.py --check
+
+audit: $(STAMP)
+	$(BIN)/python bench/audit.py --check
 
 # CPU benchmarks, interleaved with their peers; JSON into bench/results/cpu-2core.
 bench: $(STAMP)
@@ -46,7 +54,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)
 	$(PIP) torch setuptools wheel ninja pybind11 numpy
 	# A CUDA build of torch brings the triton that it was built with; beside a CPU build goes ours.
 	$(BIN)/pip freeze | grep -q '^triton==' || $(BIN)/pip install --quiet $$(grep '^triton' constraints.txt)
-	$(PIP) --no-build-isolation --editable ".[hf,data,dev]"
+	$(PIP) --no-build-isolation --editable ".[hf,data,dev,peers]"
 	touch $(STAMP)
 
 clean:
