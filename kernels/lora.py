@@ -176,7 +176,7 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any
 KERNEL = Kernel(
     name="lora_linear", public=lora_linear, reference=reference, inputs=inputs, bound="flops",
     axes=("tokens", "out_features", "in_features", "rank"),
-    test_shapes=((1, 1, 32, 1), (5, 7, 64, 3), (17, 33, 96, 8), (3, 70, 32, 20)),
+    test_shapes=((3, 5, 32, 1), (5, 7, 64, 3), (17, 35, 96, 9), (3, 70, 32, 20)),
     empty_shapes=((0, 3, 32, 2),),
     bench_shapes=((8192, 4096, 4096, 16), (8192, 2048, 2048, 16)),
     traffic_shapes=((256, 512, 512, 16), (1024, 512, 512, 16)),
