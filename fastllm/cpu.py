@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastllm.kernels import _rotary as rotary
+
 Reduction = Literal["sum", "mean", "none"]
 _OPS = torch.ops.fastllm_cpu
 _NEEDED = ("rms_norm", "rope", "swiglu", "cross_entropy", "attention", "adamw_step_", "grad_norm",
@@ -128,9 +130,28 @@ class _Rope(torch.autograd.Function):
         return *_OPS.rope(dq, dk, *ctx.saved_tensors, True), None, None
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates q (B, S, Hq, D) and k (B, S, Hkv, D) by cos and sin, (B, S, D/2) or (S, D/2) fp32."""
-    return _Rope.apply(q, k, cos, sin)
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, position_ids: Tensor | None = None,
+         cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rotates q (B, S, Hq, D) and k (B, S, Hkv, D), or (T, H, D), as `fastllm.ops.rope` says.
+
+    Pairs are (i, i + R/2). Raises IndexError for a position that the tables do not have.
+    """
+    rotary.check("rope", q, k, cos, sin, position_ids, cu_seqlens)
+    if position_ids is not None or cu_seqlens is not None:
+        place = rotary.positions(q, position_ids, cu_seqlens)
+        cos, sin = (table.index_select(0, place.flatten()).unflatten(0, place.shape)
+                    for table in (cos, sin))
+    elif cos.dim() == 2:
+        cos, sin = cos[:q.shape[-3]], sin[:q.shape[-3]]
+    heads = [x if x.dim() == 4 else x[None] for x in (q, k)]
+    turning = 2 * cos.shape[-1]
+    if turning == q.shape[-1]:
+        turned = _Rope.apply(*heads, cos.float(), sin.float())
+    else:
+        turned = _Rope.apply(*(x[..., :turning] for x in heads), cos.float(), sin.float())
+        turned = [torch.cat((y, x[..., turning:]), -1)
+                  for x, y in zip(heads, turned, strict=True)]
+    return turned[0].view(q.shape), turned[1].view(k.shape)
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -142,9 +163,9 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        if up is None:
-            return _OPS.swiglu_backward(grad, *gate.chunk(2, -1)), None
-        return _OPS.swiglu_backward(grad, gate, up).chunk(2, -1)
+        halves = gate.chunk(2, -1) if up is None else (gate, up)
+        both = _OPS.swiglu_backward(grad, *halves)
+        return (both, None) if up is None else both.chunk(2, -1)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
