@@ -15,7 +15,7 @@ LAYERS = [
     {"ops"},
     {"model", "data", "optim", "nn"},
     {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export", "quantize",
-     "monitor", "callbacks", "report", "plan", "doctor", "patch"},
+     "monitor", "callbacks", "report", "plan", "doctor", "patching"},
     {"run", "trainer"},
     {"presets", "commands", "cli", "__main__"},
 ]

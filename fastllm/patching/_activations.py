@@ -1,0 +1,116 @@
+"""SwiGLU and GeGLU: gated MLPs of separate or packed projections, and experts of stored weights."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllm import ops
+from fastllm.patching import _check
+from fastllm.patching._instance import Replacement, method_of
+
+SEPARATE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+PACKED = (("gate_up_proj", "down_proj"),)
+ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
+Gate = Callable[[Tensor, Tensor], Tensor]
+
+
+def _geglu_none(gate: Tensor, up: Tensor) -> Tensor:
+    return ops.geglu(gate, up)
+
+
+def _geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    return ops.geglu(gate, up, approximate="tanh")
+
+
+def find(module: nn.Module) -> Replacement | str | None:
+    """What replaces a gated MLP; why nothing does; None for what is none."""
+    act = next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), "")
+    if not act:
+        return None
+    if hasattr(type(module), "_apply_gate"):
+        return _experts(module, act)
+    for names in (*SEPARATE, *PACKED):
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            return _mlp(module, names, act)
+    return None
+
+
+def _mlp(module: nn.Module, names: tuple[str, ...], act: str) -> Replacement | str:
+    gate = _gate_of(getattr(module, act), module)
+    if isinstance(gate, str):
+        return gate
+    function = (_packed if len(names) == 2 else _separate)(gate[0], *names)
+    width = getattr(getattr(module, names[0]), "in_features", 0)
+    like = _check.first(module)
+    if not width or like is None:
+        return f"{names[0]} does not tell its width"
+    try:
+        x = _check.tokens(width, like)
+        _check.same(partial(function, module), partial(type(module).forward, module), [x])
+    except _check.Differs as error:
+        return str(error)
+    return Replacement(function, gate[1], method_of(module))
+
+
+def _gate_of(act: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[Gate, str] | str:
+    """The op whose gate is this activation, judged by its values."""
+    like = _check.first(module)
+    x = torch.linspace(-8, 8, 257, device=like.device if like is not None else "cpu")
+    for theirs, op, by in ((F.silu, ops.swiglu, "ops.swiglu"),
+                           (F.gelu, _geglu_none, "ops.geglu"),
+                           (partial(F.gelu, approximate="tanh"), _geglu_tanh,
+                            'ops.geglu(approximate="tanh")')):
+        try:
+            _check.agree("its activation", act(x), theirs(x))
+        except _check.Differs:
+            continue
+        return op, by
+    return f"its activation {type(act).__name__} is neither SiLU nor GELU"
+
+
+def _separate(op: Gate, gate: str, up: str, down: str) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        h = op(getattr(self, gate)(hidden_states), getattr(self, up)(hidden_states))
+        return getattr(self, down)(h)
+
+    def t5(self: Any, hidden_states: Tensor) -> Tensor:
+        h = self.dropout(op(self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        dtype = self.wo.weight.dtype  # kept in float32 in half-precision models, see T5's own
+        return self.wo(h if h.dtype == dtype or dtype == torch.int8 else h.to(dtype))
+
+    return t5 if down == "wo" else forward
+
+
+def _packed(op: Gate, both: str, down: str) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return getattr(self, down)(op(*getattr(self, both)(hidden_states).chunk(2, -1)))
+
+    return forward
+
+
+def _experts(module: nn.Module, act: str) -> Replacement | str | None:
+    """transformers' experts call _apply_gate between their two grouped products."""
+    if not getattr(module, "has_gate", True):
+        return None
+    if getattr(module.config, "_experts_implementation", None) == "eager":
+        return ("its eager loop multiplies inline; "
+                "model.set_experts_implementation('grouped_mm') calls a gate that can be replaced")
+    gate = _gate_of(getattr(module, act), module)
+    if isinstance(gate, str):
+        return gate
+    op, by = gate
+
+    def function(self: Any, gate_up_out: Tensor) -> Tensor:
+        return op(*gate_up_out.chunk(2, -1))
+
+    like = next(module.parameters())
+    try:
+        x = torch.randn(5, 64, device=like.device, dtype=like.dtype)
+        _check.same(partial(function, module), partial(type(module)._apply_gate, module), [x])
+    except _check.Differs as error:
+        return str(error)
+    return Replacement(function, by, "_apply_gate")

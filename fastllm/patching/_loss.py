@@ -1,0 +1,79 @@
+"""The language-model head and its cross entropy as one op, in training with labels."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastllm.patching import _check
+from fastllm.patching._instance import Replacement, foreign, method_of, own
+from fastllm.patching._lazy import LazyLogits
+
+BY = "ops.linear_cross_entropy"
+
+
+def find(module: Any) -> Replacement | str | None:
+    """What replaces the forward of a model with a language-model head; why nothing does."""
+    forward = type(module).forward
+    if not hasattr(module, "get_output_embeddings") or (
+            "labels" not in inspect.signature(forward).parameters):
+        return None
+    head = module.get_output_embeddings()
+    if head is None:
+        return None
+    if type(head) is not nn.Linear or foreign(head, "forward") or not _bare(head):
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        return f"its head, a {kind}, is not a torch Linear without hooks"
+    model, of_head = _forwards(forward)
+    return Replacement(model, BY, method_of(module), others=((head, Replacement(of_head, "")),))
+
+
+def _bare(head: nn.Linear) -> bool:
+    """Whether to multiply by the head's weight is to call it: no hooks, nothing sharded."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks,
+             head._backward_pre_hooks)
+    return not any(hooks) and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
+
+
+def _forwards(original: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The model's forward and the head's, which is lazy while the model's is in training with
+    labels."""
+    signature = inspect.signature(original)
+    lazy = [False]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments if args else kwargs
+        lazy[0] = self.training and given.get("labels") is not None
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            lazy[0] = False
+
+    def head_forward(self: Any, input: Tensor) -> Any:
+        return LazyLogits(input, self) if lazy[0] and _bare(self) else own(self, "forward")(input)
+
+    # Trainers read the names of the arguments; __wrapped__ would let accelerate unwrap too far.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = original.__doc__
+    return forward, head_forward
+
+
+def compare(module: nn.Module, run: Callable[[], Any]) -> str:
+    """Why the fused loss cannot stand for the module's own; empty where they agree.
+
+    run: a forward of the model on sample ids with labels. `training` is set for this one module,
+    so that dropout stays off.
+    """
+    try:
+        theirs = run().loss
+        module.training = True
+        ours = run().loss
+        _check.agree("its loss", ours, theirs)
+    except _check.Differs as error:
+        return str(error)
+    except Exception as error:
+        return f"the model could not be run on sample ids: {error}"
+    finally:
+        module.training = False
+    return ""
