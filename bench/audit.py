@@ -32,10 +32,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
-os.environ["TRITON_ALWAYS_COMPILE"] = "1"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as 3.6 to 3.9 have it; 3.9 warns if unset
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__.endswith("main__"):  # before Triton is imported, here and in the processes begun here
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is; 3.9 warns where it is unset
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 import triton  # noqa: E402

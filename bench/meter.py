@@ -101,9 +101,9 @@ def memory(tensor: Tensor) -> int:
 
 
 def distinct(values: Any) -> list[Tensor]:
-    """The tensors among nested values, each place in memory once."""
-    found = {(t.data_ptr(), t.shape, t.stride(), t.dtype): t for t in tree_leaves(values)
-             if isinstance(t, Tensor)}
+    """The tensors among nested values, each place in memory once, whatever its order of axes."""
+    found = {(t.data_ptr(), t.dtype, *sorted(zip(t.stride(), t.shape, strict=True))): t
+             for t in tree_leaves(values) if isinstance(t, Tensor)}
     return list(found.values())
 
 
@@ -204,11 +204,10 @@ class Meter(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def __enter__(self) -> "Meter":
-        for name, arguments in (("create_masked_load", (True, False, 1)),
-                                ("create_masked_store", (False, True, 2)),
-                                ("create_atomic_rmw", (True, True, 3)),
-                                ("create_atomic_cas", (True, True, None))):
-            self._patch(Builder, name, self._counting(*arguments))
+        for name, pointers, mask in (("create_masked_load", 0, 1), ("create_masked_store", 0, 2),
+                                     ("create_atomic_rmw", 1, 3), ("create_atomic_cas", 0, None)):
+            self._patch(Builder, name, self._counting(
+                pointers, mask, load="store" not in name, store="load" not in name))
         self._patch(Builder, "create_dot", self._dot)
         self._patch(Executor, "__call__", self._run)
         return super().__enter__()
@@ -223,12 +222,11 @@ class Meter(TorchDispatchMode):
         stock = self._stock[owner, name] = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: around(stock, *args, **kwargs))
 
-    def _counting(self, load: bool, store: bool, mask: int | None) -> Any:
-        """Around a builder method whose first argument is pointers, and its `mask`-th the mask."""
-        def method(stock: Any, builder: Any, pointers: Any, *args: Any, **kwargs: Any) -> Any:
-            active = None if mask is None else (pointers, *args)[mask]
-            self._launch.access(pointers, active, load=load, store=store)
-            return stock(builder, pointers, *args, **kwargs)
+    def _counting(self, pointers: int, mask: int | None, **kinds: bool) -> Any:
+        """Around a builder method; the places of the pointers and the mask in its arguments."""
+        def method(stock: Any, builder: Any, *args: Any, **kwargs: Any) -> Any:
+            self._launch.access(args[pointers], None if mask is None else args[mask], **kinds)
+            return stock(builder, *args, **kwargs)
         return method
 
     def _dot(self, stock: Any, builder: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
