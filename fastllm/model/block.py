@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 from fastllm import ops
 from fastllm.model.attention import Attention, KVCache
 from fastllm.model.config import ModelConfig
-from fastllm.model.layers import Linear, RMSNorm, halves, made_again
+from fastllm.model.layers import Linear, RMSNorm, made_again
 
 
 class MLP(nn.Module):
@@ -29,11 +29,11 @@ class MLP(nn.Module):
         self.recompute = config.recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = halves(self.gate_up_proj(x))
-        hidden = ops.swiglu(gate, up)
+        both = self.gate_up_proj(x)
+        hidden = ops.swiglu(both)
         if self.recompute != "none":  # then checkpointing decides what is kept
             return self.down_proj(hidden)
-        with made_again(hidden, ops.swiglu, gate, up):  # gate and up are kept anyway
+        with made_again(hidden, ops.swiglu, both):  # gate and up are kept anyway
             return self.down_proj(hidden)
 
 

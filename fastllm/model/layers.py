@@ -8,7 +8,6 @@ initialised, read and written.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,31 +38,6 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
-
-
-class _Halves(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return x.chunk(2, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
-        width = left.shape[-1]
-        together = (left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-                    and left.stride() == right.stride() and left.stride(-1) == 1
-                    and right.storage_offset() == left.storage_offset() + width)
-        if together:
-            return left.as_strided((*left.shape[:-1], 2 * width), left.stride())
-        return torch.cat([left, right], dim=-1)
-
-
-def halves(x: Tensor) -> tuple[Tensor, ...]:
-    """The two halves of the last dimension, (..., 2F) to (..., F) twice.
-
-    torch.chunk copies the halves' gradients into one tensor; here they are taken as they lie where
-    the operator that made them put them side by side, which saves a pass over the widest tensor.
-    """
-    return x.chunk(2, dim=-1) if torch.compiler.is_compiling() else _Halves.apply(x)
 
 
 def made_again(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor

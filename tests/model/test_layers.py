@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllm.model import Decoder, ModelConfig, RopeScaling, shapes
-from fastllm.model.layers import RotaryTable, halves, named_parts, rope_frequencies
+from fastllm.model.layers import RotaryTable, named_parts, rope_frequencies
 
 SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=3000,
@@ -62,37 +62,6 @@ def test_frequencies_equal_transformers(config):
     theirs, _ = make(LlamaConfig(head_dim=config.head_size, rope_parameters=rope,
                                  max_position_embeddings=config.max_position_embeddings))
     torch.testing.assert_close(rope_frequencies(config).float(), theirs, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("joined", [True, False])
-def test_halves_pass_gradients_as_chunk_does(joined):
-    class Product(torch.autograd.Function):
-        """left * right, its gradients side by side in one tensor or not."""
-
-        @staticmethod
-        def forward(ctx, left, right):
-            ctx.save_for_backward(left, right)
-            return left * right
-
-        @staticmethod
-        def backward(ctx, grad):
-            left, right = ctx.saved_tensors
-            if not joined:
-                return grad * right, grad * left
-            seen.append(torch.cat([grad * right, grad * left], dim=-1))
-            return seen[-1].chunk(2, dim=-1)
-
-    seen, grads = [], []
-    weight = torch.randn(2, 3, 4)
-    for split in (halves, lambda x: x.chunk(2, dim=-1)):
-        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        y = x * 2
-        y.register_hook(grads.append)
-        (Product.apply(*split(y)) * weight).sum().backward()
-        grads.append(x.grad)
-    assert torch.equal(grads[0], grads[2])
-    assert torch.equal(grads[1], grads[3])
-    assert not joined or grads[0].data_ptr() == seen[0].data_ptr()
 
 
 def test_named_parts_are_views_that_cover_every_parameter_once():
