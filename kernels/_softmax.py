@@ -1,48 +1,71 @@
 """Device functions for softmax over tiles (ROWS, BLOCK) of logits, shared by the losses.
 
-A row's statistics are its peak and the log of the sum of exponentials above the peak, kept apart:
-their sum, the logsumexp, would lose the digits that a row far from zero needs.
+All of it is to the base 2, where an exponential is one instruction (tl.exp takes 5). `scale` holds
+log2(e) over the temperature and is applied above the peak: differences of logits are exact where
+scaled logits would lose digits. A row's statistics are its peak, unscaled, and the log of the sum
+of exponentials above it, kept apart: their sum would lose the digits of a row far from zero.
 """
 
-from fastllm.kernels._triton import jit, next_power_of_2, tanh, tl, warps_for
+import math
+
+from fastllm.kernels._triton import INTERPRETED, jit, next_power_of_2, tanh, tl, warps_for
 
 TILE = 4096
-LONG = 8192
+LN2 = math.log(2.0)
 
 
-def tiling(vocab: int, long: int = LONG) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps: short rows share one, long ones loop."""
-    block = min(long, next_power_of_2(vocab))
+def tiling(vocab: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and its warps: short rows share it, long ones loop."""
+    block = min(TILE, next_power_of_2(vocab))
     rows = max(1, TILE // block)
     return rows, block, warps_for(rows * block, per_thread=16)
 
 
-@jit
-def temper(logits, scale, softcap, SOFTCAP: tl.constexpr):
-    """Logits in float32 times `scale`; where SOFTCAP, tanh(logits / softcap) times `scale`."""
-    values = logits.to(tl.float32)
-    if SOFTCAP:
-        values = tanh(values / softcap)
-    return values * scale
+def scales(temperature: float, softcap: float | None) -> tuple[float, float]:
+    """(scale, softcap) as the functions below take them."""
+    return (softcap or 1.0) / temperature / LN2, softcap or 1.0
+
+
+if INTERPRETED:
+    @jit
+    def log2(x):
+        return tl.log2(x)
+else:
+    @jit
+    def log2(x):
+        """One instruction, to 2^-22, where tl.log2 takes 27."""
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x],
+                                         dtype=tl.float32, is_pure=True, pack=1)
 
 
 @jit
-def load_rows(source, column, rows, vocab, scale, softcap, SOFTCAP: tl.constexpr):
-    """Tempered logits (ROWS, BLOCK) from pointers (ROWS,); -inf past a row's end and in rows that
-    are masked off, which are not read."""
+def load_rows(source, column, rows, vocab, softcap, SOFTCAP: tl.constexpr):
+    """Logits (ROWS, BLOCK) in float32 from pointers (ROWS,), tanh(logits / softcap) where SOFTCAP.
+    -inf past a row's end and in rows that are masked off, which are not read."""
     inside = rows[:, None] & (column < vocab)[None, :]
-    logits = tl.load(source[:, None] + column[None, :], mask=inside, other=0.0)
-    return tl.where(inside, temper(logits, scale, softcap, SOFTCAP), -float("inf"))
+    values = tl.load(source[:, None] + column[None, :], mask=inside,
+                     other=-float("inf")).to(tl.float32)
+    if SOFTCAP:
+        values = tl.where(inside, tanh(values / softcap), -float("inf"))
+    return values
 
 
 @jit
-def raise_peak(values, peak):
-    """The higher of `peak` (ROWS,) and the rows' maxima, an anchor to subtract (0 where that is
-    -inf, as -inf minus itself is NaN), and what the old sums shrink by, as a logarithm."""
+def fold(values, peak, scale):
+    """Online softmax: the peak with a tile counted in, the tile above it (scaled), its powers of 2,
+    and by how much, as a logarithm, what was summed above the old peak shrinks."""
     higher = tl.maximum(peak, tl.max(values, axis=1))
-    anchor = tl.where(higher == -float("inf"), 0.0, higher)
-    # Sums over nothing but -inf are 0: any finite shift keeps them.
-    return higher, anchor, tl.where(peak == -float("inf"), 0.0, peak - anchor)
+    # Where all is -inf so far, nothing is subtracted (-inf minus itself is NaN), and sums, which
+    # are 0, may shrink by anything finite.
+    above = (values - tl.where(higher == -float("inf"), 0.0, higher)[:, None]) * scale
+    shift = tl.where(peak == -float("inf"), 0.0, (peak - higher) * scale)
+    return higher, above, tl.exp2(above), shift[:, None]
+
+
+@jit
+def level(values, peak, log_sum, scale):
+    """Log-probabilities to the base 2, given the rows' statistics."""
+    return (values - peak[:, None]) * scale - log_sum[:, None]
 
 
 @jit

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.kernels._softmax import TILE, load_rows, raise_peak, temper, tiling, weigh
+from fastllm.kernels._softmax import LN2, fold, level, load_rows, scales, tiling, weigh
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from fastllm.kernels._triton import cdiv, jit, require, rows_of, tl
+from fastllm.kernels._triton import cdiv, jit, require, rows_of, tanh, tl
 
 
 def reference(logits: Tensor, labels: Tensor, *, temperature: float = 1.0,
@@ -50,7 +50,7 @@ def reference(logits: Tensor, labels: Tensor, *, temperature: float = 1.0,
 
 @jit
 def _forward_kernel(logits, labels, logp, entropy, stats, stride, label_stride, tokens, vocab,
-                    ignore_index, scale, softcap, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
+                    ignore_index, scale, softcap, ln2, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program ROWS tokens, whose rows are read once, BLOCK columns at a time."""
     # int64: row * stride passes 2^31 at 16,384 tokens of a 131,072-word vocabulary.
@@ -65,32 +65,30 @@ def _forward_kernel(logits, labels, logp, entropy, stats, stride, label_stride, 
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     moment = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, vocab, BLOCK):
-        values = load_rows(source, start + tl.arange(0, BLOCK), kept, vocab, scale, softcap,
-                           SOFTCAP)
-        peak, anchor, shift = raise_peak(values, peak)
-        above = values - anchor[:, None]
-        weight = tl.exp(above)
-        shrink = tl.exp(shift)[:, None]
+        values = load_rows(source, start + tl.arange(0, BLOCK), kept, vocab, softcap, SOFTCAP)
+        peak, above, weight, shift = fold(values, peak, scale)
         if ENTROPY:
-            moment = (moment + shift[:, None] * total) * shrink + weigh(weight, above)
-        total = total * shrink + weight
+            moment = (moment + shift * total) * tl.exp2(shift) + weigh(weight, above)
+        total = total * tl.exp2(shift) + weight
     total = tl.sum(total, axis=1)
-    log_sum = tl.log(total)
-    poison = tl.where(valid, 0.0, float("nan"))
-    labelled = temper(tl.load(source + label, mask=valid, other=0.0), scale, softcap, SOFTCAP)
-    result = labelled - peak - log_sum + poison
+    log_sum = tl.log2(total)
+    labelled = tl.load(source + label, mask=valid, other=float("nan")).to(tl.float32)
+    if SOFTCAP:
+        labelled = tanh(labelled / softcap)
+    result = ((labelled - peak) * scale - log_sum) * ln2
     tl.store(logp + row, tl.where(kept, result, 0.0), mask=within)
     tl.store(stats + row * 2, peak, mask=within)
     tl.store(stats + row * 2 + 1, log_sum, mask=within)
     if ENTROPY:
-        result = log_sum - tl.sum(moment, axis=1) / total + poison
+        result = (log_sum - tl.sum(moment, axis=1) / total) * ln2
+        result = tl.where(valid, result, float("nan"))
         tl.store(entropy + row, tl.where(kept, result, 0.0), mask=within)
 
 
 @jit
 def _backward_kernel(logits, labels, stats, entropy, dlogp, dentropy, gradient, stride,
                      label_stride, dlogp_stride, dentropy_stride, gradient_stride, tokens, vocab,
-                     blocks, ignore_index, scale, softcap, slope, SOFTCAP: tl.constexpr,
+                     blocks, ignore_index, scale, softcap, slope, ln2, SOFTCAP: tl.constexpr,
                      ENTROPY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program a tile of ROWS tokens by BLOCK columns; `gradient` may be `logits` itself."""
     program = tl.program_id(0).to(tl.int64)
@@ -101,29 +99,22 @@ def _backward_kernel(logits, labels, stats, entropy, dlogp, dentropy, gradient, 
     kept = label != ignore_index
     peak = tl.load(stats + row * 2, mask=kept, other=0.0)
     log_sum = tl.load(stats + row * 2 + 1, mask=kept, other=0.0)
-    values = load_rows(logits + row * stride, column, kept, vocab, scale, softcap, SOFTCAP)
-    # The log-probability, and from it the probability.
-    level = (values - peak[:, None]) - log_sum[:, None]
-    p = tl.exp(level)
+    values = load_rows(logits + row * stride, column, kept, vocab, softcap, SOFTCAP)
+    log_p = level(values, peak, log_sum, scale)
+    p = tl.exp2(log_p)
     upstream = tl.load(dlogp + row * dlogp_stride, mask=kept, other=0.0).to(tl.float32)
     upstream = tl.where((label >= 0) & (label < vocab), upstream, float("nan"))[:, None]
     dz = tl.where(column[None, :] == label[:, None], upstream, 0.0) - upstream * p
     if ENTROPY:
         weight = tl.load(dentropy + row * dentropy_stride, mask=kept, other=0.0).to(tl.float32)
-        center = tl.load(entropy + row, mask=kept, other=0.0)
-        dz -= weight[:, None] * weigh(p, level + center[:, None])
+        center = tl.load(entropy + row, mask=kept, other=0.0) / ln2
+        dz -= (weight * ln2)[:, None] * weigh(p, log_p + center[:, None])
     dz *= slope
     if SOFTCAP:
-        ratio = values / scale
-        dz *= 1.0 - ratio * ratio
+        dz *= 1.0 - values * values
     dz = tl.where(kept[:, None], dz, 0.0)
     tl.store(gradient + (row * gradient_stride)[:, None] + column[None, :],
              dz.to(gradient.dtype.element_ty), mask=within[:, None] & (column < vocab)[None, :])
-
-
-def _scales(temperature: float, softcap: float | None) -> tuple[float, float, float]:
-    """What tempered logits are multiplied by, the cap within, and their slope at 0."""
-    return (softcap or 1.0) / temperature, softcap or 1.0, 1.0 / temperature
 
 
 @torch.library.custom_op("fastllm::logprobs", mutates_args=())
@@ -137,13 +128,13 @@ def _forward(logits: Tensor, labels: Tensor, temperature: float, softcap: float 
     tokens, vocab = logits.shape
     if not tokens or not vocab:
         return logp.zero_(), entropy.zero_(), stats
-    matrix, (scale, cap, _) = rows_of(logits), _scales(temperature, softcap)
+    matrix = rows_of(logits)
     rows, block, warps = tiling(vocab)
     with torch.cuda.device_of(logits):
         _forward_kernel[(cdiv(tokens, rows),)](
             matrix, labels, logp, entropy, stats, matrix.stride(0), labels.stride(0), tokens,
-            vocab, ignore_index, scale, cap, SOFTCAP=bool(softcap), ENTROPY=return_entropy,
-            ROWS=rows, BLOCK=block, num_warps=warps)
+            vocab, ignore_index, *scales(temperature, softcap), LN2, SOFTCAP=bool(softcap),
+            ENTROPY=return_entropy, ROWS=rows, BLOCK=block, num_warps=warps)
     return logp, entropy, stats
 
 
@@ -164,14 +155,15 @@ def _differentiate(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tenso
     tokens, vocab = logits.shape
     if not tokens or not vocab:
         return
-    matrix, (scale, cap, slope) = rows_of(logits), _scales(temperature, softcap)
-    rows, block, warps = tiling(vocab, TILE)
+    matrix = rows_of(logits)
+    rows, block, warps = tiling(vocab)
     blocks = cdiv(vocab, block)
     with torch.cuda.device_of(logits):
         _backward_kernel[(cdiv(tokens, rows) * blocks,)](
             matrix, labels, stats, entropy, dlogp, dentropy, gradient, matrix.stride(0),
             labels.stride(0), dlogp.stride(0), dentropy.stride(0), gradient.stride(0), tokens,
-            vocab, blocks, ignore_index, scale, cap, slope, SOFTCAP=bool(softcap),
+            vocab, blocks, ignore_index, *scales(temperature, softcap), 1.0 / temperature, LN2,
+            SOFTCAP=bool(softcap),
             ENTROPY=entropy.shape[0] > 0, ROWS=rows, BLOCK=block, num_warps=warps)
 
 
@@ -287,7 +279,7 @@ KERNEL = Kernel(
     empty_shapes=((0, 8),),
     bench_shapes=((65536, 32000), (8192, 131072)),
     audit_shapes=((2, 6400), (2, 32000), (2, 131072)),
-    traffic_shapes=((256, 1024), (4096, 1024)),
+    traffic_shapes=((256, 512), (4096, 512)),
     variants={
         "temperature": {"temperature": 0.7}, "softcap": {"softcap": 5.0},
         "ignore index": {"ignore_index": 0}, "all ignored": {"ignored": 2.0},
