@@ -59,8 +59,8 @@ def _product_kernel(x, w, absmax, t, b, bias, out, rows, columns, inner, x_row, 
         k = start + tl.arange(0, INNER)
         left = tl.load(x + row[:, None] * x_row + k[None, :],
                        mask=(row < rows)[:, None] & (k < inner)[None, :], other=0.0)
-        # int64 through `column`: a vocabulary times a width passes 2^31.
-        right = tl.load(w + k[:, None] * w_inner + column[None, :] * w_column,
+        # int64: a vocabulary times a width passes 2^31.
+        right = tl.load(w + k.to(tl.int64)[:, None] * w_inner + column[None, :] * w_column,
                         mask=(k < inner)[:, None] & (column < columns)[None, :], other=0)
         if INT8:
             if TRANSPOSED:
