@@ -9,8 +9,8 @@ driver, versions, commit, clocks and every sample. Without a GPU: one line and e
 """
 
 import argparse
-import importlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import shutil
@@ -26,51 +26,13 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from peers import Forward, prepare  # noqa: E402
 
 from fastllm.kernels._spec import Call, Kernel, kernels  # noqa: E402
 
-Contender = Callable[..., Any]
-
-
-def fused_adamw(params: Any, grads: Any, m: Any, v: Any, masters: Any, *, step: int,
-                grad_scale: torch.Tensor, **scalars: Any) -> None:
-    """torch's fused AdamW, with the casts around it that weights with float32 masters need."""
-    wide = [p if master is None else master for p, master in zip(params, masters, strict=True)]
-    steps = [torch.full((), float(step - 1), device=p.device) for p in wide]
-    torch._foreach_add_(steps, 1)
-    # torch divides by the scale that was multiplied in.
-    torch._fused_adamw_(wide, [g.float() for g in grads], m, v, [], steps, lr=scalars["lr"],
-                        beta1=scalars["beta1"], beta2=scalars["beta2"], eps=scalars["eps"],
-                        weight_decay=scalars["weight_decay"], amsgrad=False, maximize=False,
-                        grad_scale=grad_scale.reciprocal(),
-                        found_inf=torch.zeros((), device=grad_scale.device))
-    if masters and masters[0] is not None:
-        torch._foreach_copy_(params, masters)
-
-
-def liger(kernel: Kernel) -> Contender | None:
-    """Liger's op of the same meaning with our arguments, where it is installed and has one."""
-    try:
-        ops = importlib.import_module("liger_kernel.transformers.functional")
-    except ImportError:
-        return None
-
-    def rope(q: Any, k: Any, cos: Any, sin: Any) -> Any:
-        # Liger's layout is Hugging Face's: heads before tokens, full-width tables with a batch.
-        tables = [torch.cat((t, t), -1).unsqueeze(0).to(q.dtype) for t in (cos, sin)]
-        return ops.liger_rope(q.transpose(1, 2), k.transpose(1, 2), *tables)
-
-    peers = {
-        "rms_norm": lambda x, weight, eps: ops.liger_rms_norm(x, weight, eps),
-        "swiglu": lambda gate, up: ops.liger_swiglu(gate, up),
-        "rope": rope,
-        "cross_entropy": lambda logits, labels: ops.liger_cross_entropy(
-            logits, labels, reduction="sum"),
-        "linear_cross_entropy": lambda hidden, weight, labels: (
-            ops.liger_fused_linear_cross_entropy(hidden, weight, labels, reduction="sum")),
-    }
-    return peers.get(kernel.name)
+CONTENDERS = ("ours", "torch eager", "torch.compile", "torch fused", "liger")
 
 
 class Clock:
@@ -109,56 +71,70 @@ def rates(clock: Clock) -> dict[str, float]:
     return found
 
 
-def directions(kernel: Kernel, function: Contender, call: Call) -> dict[str, Callable[[], Any]]:
+def directions(kernel: Kernel, forward: Forward, call: Call) -> dict[str, Callable[[], Any]]:
     """What to time: the forward, and where there is one the backward of a kept graph."""
-    def forward() -> Any:
-        return function(*call.args, **call.kwargs)
-
     if kernel.mutates or not call.differentiated():
         return {"forward": forward}
-    outputs = [x for x in torch.utils._pytree.tree_leaves(forward()) if x.requires_grad]
+
+    def made() -> list[torch.Tensor]:
+        return [x for x in torch.utils._pytree.tree_leaves(forward())
+                if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    outputs = made()
     upstream = [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
 
     def backward() -> Any:
-        return torch.autograd.grad(outputs, call.differentiated(), upstream, retain_graph=True)
+        return torch.autograd.grad(outputs, call.differentiated(), upstream, retain_graph=True,
+                                   allow_unused=True)
 
     def both() -> Any:
-        made = [x for x in torch.utils._pytree.tree_leaves(forward()) if x.requires_grad]
-        return torch.autograd.grad(made, call.differentiated(), upstream)
+        return torch.autograd.grad(made(), call.differentiated(), upstream, allow_unused=True)
 
     # An op may do its backward's work in its forward: only the two together compare fairly.
-    return {"forward": forward, "backward": backward, "both": both}
+    found = {"forward": forward, "backward": backward, "both": both}
+    try:
+        backward(), backward()
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        del found["backward"]  # its forward's result was used up: it runs once a forward
+    return found
 
 
-def measure(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, clock: Clock,
+def measure(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, option: str, clock: Clock,
             ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Every contender and direction for one shape."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    call = kernel.inputs(shape, dtype, DEVICE, generator)
-    contenders: dict[str, Contender | None] = {
-        "ours": kernel.public, "torch eager": kernel.reference,
-        "torch.compile": torch.compile(kernel.reference), "liger": liger(kernel),
-        "torch fused": fused_adamw if kernel.name == "adamw" else None}
+    """Every contender and direction for one shape and one of the kernel's bench options."""
+    options = dict(kernel.bench_options.get(option, {}))
     results = []
-    for name, function in contenders.items():
-        if function is None:
-            continue
-        row = {"kernel": kernel.name, "shape": dict(zip(kernel.axes, shape, strict=True)),
-               "dtype": str(dtype)[6:], "contender": name}
+    for name in CONTENDERS:
+        # Arguments of its own: some contenders write into what they are given.
+        call = kernel.inputs(shape, dtype, DEVICE, torch.Generator(DEVICE).manual_seed(0),
+                             **options)
+        row = {"kernel": kernel.name, "options": option, "dtype": str(dtype)[6:],
+               "shape": dict(zip(kernel.axes, shape, strict=True)), "contender": name}
         try:
-            for direction, run in directions(kernel, function, call).items():
+            forward = prepare(kernel, call, name)
+            if forward is None:
+                continue
+            for direction, run in directions(kernel, forward, call).items():
+                parts = ("forward", "backward") if direction == "both" else (direction,)
+                floors = [sum(floor(shape, dtype, part, **options) for part in parts)
+                          for floor in (kernel.floor_bytes, kernel.floor_flops)]
                 results.append(row | {"direction": direction} | timed(
-                    kernel, shape, dtype, direction, run, clock, ceilings))
+                    run, *floors, clock, ceilings["copy"], ceilings[str(dtype)[6:]]))
         except Exception as error:  # a peer that cannot take a shape is a result, not the end
             if name == "ours":
                 raise
             results.append(row | {"error": f"{type(error).__name__}: {error}"[:300]})
+        del call
         torch.cuda.empty_cache()
     return results
 
 
-def timed(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, direction: str,
-          run: Callable[[], Any], clock: Clock, ceilings: dict[str, float]) -> dict[str, Any]:
+def timed(run: Callable[[], Any], size: int, work: int, clock: Clock, copy: float,
+          product: float) -> dict[str, Any]:
+    """Time and memory of a call that must move `size` bytes and do `work` FLOPs, on a GPU that
+    copies and multiplies at these rates a second."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -168,15 +144,11 @@ def timed(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, direction:
     peak = torch.cuda.max_memory_allocated() - before
     samples = clock(run)
     seconds = statistics.median(samples) / 1e3
-    parts = ("forward", "backward") if direction == "both" else (direction,)
-    size = sum(kernel.floor_bytes(shape, dtype, part) for part in parts)  # type: ignore[arg-type]
-    work = sum(kernel.floor_flops(shape, dtype, part) for part in parts)  # type: ignore[arg-type]
-    ceiling = ceilings[str(dtype)[6:]]
     # An op is bound by whichever of its floors takes longer at this GPU's own rates.
-    by_bytes = size / ceilings["copy"] >= work / ceiling
     return {"milliseconds": seconds * 1e3, "gigabytes_per_second": size / seconds / 1e9,
-            "teraflops": work / seconds / 1e12, "bound": "bytes" if by_bytes else "flops",
-            "share_of_ceiling": max(size / ceilings["copy"], work / ceiling) / seconds,
+            "teraflops": work / seconds / 1e12,
+            "bound": "bytes" if size / copy >= work / product else "flops",
+            "share_of_ceiling": max(size / copy, work / product) / seconds,
             "peak_bytes": peak, "samples_milliseconds": samples}
 
 
@@ -207,7 +179,8 @@ def machine() -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> None:
     for r in results:
         shape = "x".join(map(str, r["shape"].values()))
-        name = f"{r['kernel']:22} {shape:22} {r['dtype']:9} {r['contender']:14}"
+        op = f"{r['kernel']} {r['options']}"
+        name = f"{op:34} {shape:22} {r['dtype']:9} {r['contender']:14}"
         if "error" in r:
             print(f"{name} failed: {r['error']}")
             continue
@@ -238,11 +211,11 @@ def main() -> int:
     for kernel in kernels():
         if options.kernel and kernel.name not in options.kernel:
             continue
-        for shape in kernel.bench_shapes:
-            for dtype in options.dtype:
-                rows = measure(kernel, shape, getattr(torch, dtype), clock, ceilings)
-                table(rows)
-                results += rows
+        for shape, dtype, option in itertools.product(
+                kernel.bench_shapes, options.dtype, ("", *kernel.bench_options)):
+            rows = measure(kernel, shape, getattr(torch, dtype), option, clock, ceilings)
+            table(rows)
+            results += rows
     facts = machine()
     slug = facts["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
     out = options.out or ROOT / "bench" / "results" / slug / "kernels.json"

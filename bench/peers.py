@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from fastllm.kernels._triton import INTERPRETED, jit, tanh, tl
 
 Forward = Callable[[], Any]
 H100_MULTIPROCESSORS = 132
+ATEN = torch.library.Library("aten", "IMPL")
 
 
 @jit
@@ -39,12 +41,35 @@ def _rewrite(module: Any, name: str, changes: dict[str, str]) -> None:
     exec(compile(text, f"<{module.__name__}>", "exec"), module.__dict__)
 
 
+def _bfloat16_atomics() -> None:
+    """Liger adds up an embedding's gradient with these; the interpreter lacks them."""
+    from triton.runtime import interpreter
+
+    from fastllm.kernels._interpreter import narrow, widen
+    builder, memory = interpreter.InterpreterBuilder, interpreter._interpreter
+    stock = builder.create_atomic_rmw
+
+    def atomic(self: Any, kind: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
+        if values.dtype.scalar != tl.bfloat16:
+            return stock(self, kind, pointers, values, mask, *rest)
+        addresses, place = np.unique(pointers.data[mask.data], return_inverse=True)
+        every, zero = np.ones(addresses.shape, bool), np.zeros(addresses.shape, np.uint16)
+        total = widen(memory.load(addresses, every, zero, np.dtype(np.uint16)))
+        np.add.at(total, place, widen(values.data[mask.data]))
+        memory.store(addresses, narrow(total), every)
+        return values
+
+    builder.create_atomic_rmw = atomic
+
+
 def _on_the_interpreter() -> None:
     """Make Liger take on CPU tensors the way it takes on an H100.
 
     libdevice cannot be interpreted; a grid of one program a multiprocessor would have one; and its
-    chunked losses would leave the products that write where they add.
+    chunked losses would leave the products that add where they write, or write float32.
     """
+    _bfloat16_atomics()
+    ATEN.impl("mm.dtype", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype), "CPU")
     ops = {name: importlib.import_module(f"liger_kernel.ops.{name}") for name in (
         "rms_norm", "fused_add_rms_norm", "layer_norm", "geglu", "cross_entropy",
         "fused_linear_cross_entropy", "fused_linear_jsd")}
@@ -60,6 +85,9 @@ def _on_the_interpreter() -> None:
     _rewrite(linear, "_can_use_mm_out", {'_input.device.type != "cuda"\n': "False\n"})
     _rewrite(linear, "fused_linear_cross_entropy_forward",
              {'grad_weight.device.type == "cuda"\n': "True\n", capable: "True"})
+    capable = "torch.cuda.get_device_capability(inputs.device)[0] >= 8"
+    _rewrite(ops["fused_linear_jsd"], "_project_to_float32",
+             {'inputs.device.type == "cuda"\n': "True\n", capable: "True"})
 
 
 @functools.cache
@@ -158,7 +186,7 @@ def _logarithms(student: Tensor, teacher: Tensor, temperature: float) -> tuple[T
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
         beta: float = 0.5, temperature: float = 1.0, ignore_index: int = -100,
-        reduction: str = "sum") -> Forward | None:
+        reduction: str = "sum", inplace: bool = False) -> Forward | None:
     if reduction == "none":
         return None
     return lambda: _liger().liger_jsd(

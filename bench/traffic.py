@@ -104,7 +104,8 @@ def directions(case: Case) -> Iterator[dict[str, Any]]:
         found["backward"] = counted(meter)
     for direction, counts in found.items():
         yield {**asdict(case), "dtype": str(dtype)[6:], "direction": direction,
-               "bound": kernel.bound, **counts,
+               "bound": kernel.bound, "above_floor": kernel.above_floor.get(
+                   f"{case.options} {direction}".strip(), ""), **counts,
                "floor_bytes": kernel.floor_bytes(case.shape, dtype, direction, **options),
                "floor_flops": kernel.floor_flops(case.shape, dtype, direction, **options)}
 
@@ -192,7 +193,7 @@ def stale(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> Iterator[str]
             yield f"{' '.join(map(str, key))}: in {RESULTS.name} with another floor, or no longer"
 
 
-def show(rows: list[dict[str, Any]], registry: dict[str, Kernel]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """The table: a line a direction, contenders beside each other."""
     groups = grouped(rows)
     print(f"{'kernel':42} {'shape':>18} {'direction':20} | {'ours: launches unique requested':32}"
@@ -217,9 +218,8 @@ def show(rows: list[dict[str, Any]], registry: dict[str, Kernel]) -> None:
                     f"{cells(together):32} {aten:6.3f} {flops / least if flops else 0:6.2f} | "
                     f"{cells(other) if other else ''}")
             print(line.rstrip())
-        for key, reason in registry[name].above_floor.items():
-            if key.startswith(options) and shape == registry[name].traffic_shapes[-1]:
-                print(f"    {key}: {reason}")
+            for reason in sorted({row["above_floor"] for row in together} - {""}):
+                print(f"    {reason}")
 
 
 def versions() -> dict[str, str]:
@@ -238,7 +238,7 @@ def main() -> int:
     names = options.kernel or list(registry)
     contenders = ["ours", *(["liger"] if options.peers else [])]
     rows, wrong = run(cases(names, contenders), options.processes)
-    show(rows, registry)
+    show(rows)
     for name in names:
         wrong += offenders(registry[name], [row for row in rows if row["kernel"] == name
                                             and row["contender"] == "ours"])
