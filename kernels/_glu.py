@@ -96,7 +96,7 @@ def _forward(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     require(kind, *halves)
     out = _forward_fake(gate, up, kind)
     if out.numel():
-        g, u = matrices(*halves)
+        _, g, u = matrices(out, *halves)
         programs, launch = tiling(*g.shape)
         with torch.cuda.device_of(gate):
             _forward_kernel[(programs,)](g, u, out, *g.shape, g.stride(0), u.stride(0), KIND=kind,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastllm.kernels._triton import cdiv, jit, next_power_of_2, tl, warps_for
+from fastllm.kernels._triton import cdiv, jit, next_power_of_2, rows_of, tl, warps_for
 
 TILE = 4096
 
@@ -16,11 +16,14 @@ def matrix_of(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) in (0, 1) or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def matrices(*tensors: Tensor) -> list[Tensor]:
-    """Tensors (..., N) of one shape as matrices: one long row where all are contiguous."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.reshape(1, -1) for tensor in tensors]
-    return [matrix_of(tensor) for tensor in tensors]
+def matrices(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Tensors (..., N) of one shape as matrices: one long row where all are contiguous.
+
+    Columns lie 1 apart, only those of x also 0.
+    """
+    if all(tensor.is_contiguous() for tensor in (x, *others)):
+        return [tensor.reshape(1, -1) for tensor in (x, *others)]
+    return [matrix_of(x), *(rows_of(tensor) for tensor in others)]
 
 
 def tiling(rows: int, columns: int) -> tuple[int, dict[str, int]]:

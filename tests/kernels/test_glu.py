@@ -124,5 +124,16 @@ def test_what_strides_can_say_is_not_copied():
         assert torch.equal(matrix_of(x).view(x.shape), x)
     flat, = matrices(both)
     assert flat.shape == (1, 48)
-    assert [tuple(m.shape) for m in matrices(both, both.expand(2, 3, 8).mT.contiguous().mT)] == [
-        (6, 8), (6, 8)]
+    rows, = matrices(both[..., :4])
+    assert rows.shape == (6, 4)
+    assert [m.stride() for m in matrices(both.sum().expand(2, 3, 8), both)] == [(0, 0), (8, 1)]
+
+
+def test_expanded_inputs_and_gradients():
+    """Columns that are one number: the gradient of a sum is read in place, inputs are laid out."""
+    gate, up = drawn(5, 1), drawn(5, 64)
+    ops.swiglu(gate.expand(5, 64), up).sum().backward()
+    exact = [t.detach().clone().requires_grad_() for t in (gate, up)]
+    (torch.nn.functional.silu(exact[0]) * exact[1]).sum().backward()
+    assert torch.allclose(gate.grad, exact[0].grad, atol=1e-5)
+    assert torch.allclose(up.grad, exact[1].grad, atol=1e-6)
