@@ -117,38 +117,25 @@ def _backward_kernel(logits, labels, stats, entropy, dlogp, dentropy, gradient, 
              dz.to(gradient.dtype.element_ty), mask=within[:, None] & (column < vocab)[None, :])
 
 
-@torch.library.custom_op("fastllm::logprobs", mutates_args=())
-def _forward(logits: Tensor, labels: Tensor, temperature: float, softcap: float | None,
-             ignore_index: int, return_entropy: bool,
-             inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logp (T,), entropy (T,) or empty, statistics (T, 2): peak and log of the sum above it."""
+def measure(logits: Tensor, labels: Tensor, logp: Tensor, entropy: Tensor, stats: Tensor,
+            temperature: float, softcap: float | None, ignore_index: int) -> None:
+    """Write logp (T,), entropy (T,) unless it is empty, and the statistics (T, 2)."""
     require("logprobs", logits, labels)
-    logp, entropy, stats = _forward_fake(logits, labels, temperature, softcap, ignore_index,
-                                         return_entropy, inplace)
     tokens, vocab = logits.shape
     if not tokens or not vocab:
-        return logp.zero_(), entropy.zero_(), stats
+        logp.zero_()
+        entropy.zero_()
+        return
     matrix = rows_of(logits)
     rows, block, warps = tiling(vocab)
     with torch.cuda.device_of(logits):
         _forward_kernel[(cdiv(tokens, rows),)](
             matrix, labels, logp, entropy, stats, matrix.stride(0), labels.stride(0), tokens,
             vocab, ignore_index, *scales(temperature, softcap), LN2, SOFTCAP=bool(softcap),
-            ENTROPY=return_entropy, ROWS=rows, BLOCK=block, num_warps=warps)
-    return logp, entropy, stats
+            ENTROPY=entropy.shape[0] > 0, ROWS=rows, BLOCK=block, num_warps=warps)
 
 
-@_forward.register_fake
-def _forward_fake(logits: Tensor, labels: Tensor, temperature: float, softcap: float | None,
-                  ignore_index: int, return_entropy: bool,
-                  inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = labels.shape[0]
-    return (logits.new_empty((tokens,), dtype=torch.float32),
-            logits.new_empty((tokens if return_entropy else 0,), dtype=torch.float32),
-            logits.new_empty((tokens, 2), dtype=torch.float32))
-
-
-def _differentiate(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tensor, dlogp: Tensor,
+def differentiate(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tensor, dlogp: Tensor,
                    dentropy: Tensor, gradient: Tensor, temperature: float, softcap: float | None,
                    ignore_index: int) -> None:
     """Write the logits' gradient into `gradient` (unit column stride), which may be `logits`."""
@@ -167,13 +154,38 @@ def _differentiate(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tenso
             ENTROPY=entropy.shape[0] > 0, ROWS=rows, BLOCK=block, num_warps=warps)
 
 
+@torch.library.custom_op("fastllm::logprobs", mutates_args=())
+def _forward(logits: Tensor, labels: Tensor, temperature: float, softcap: float | None,
+             ignore_index: int, return_entropy: bool,
+             inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logp (T,), entropy (T,) or empty, statistics (T, 2): peak and log of the sum above it."""
+    made = empty(logits, return_entropy)
+    measure(logits, labels, *made, temperature, softcap, ignore_index)
+    return made
+
+
+def empty(logits: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, entropy and statistics of as many rows, yet to be written."""
+    tokens = logits.shape[0]
+    return (logits.new_empty((tokens,), dtype=torch.float32),
+            logits.new_empty((tokens if return_entropy else 0,), dtype=torch.float32),
+            logits.new_empty((tokens, 2), dtype=torch.float32))
+
+
+@_forward.register_fake
+def _forward_fake(logits: Tensor, labels: Tensor, temperature: float, softcap: float | None,
+                  ignore_index: int, return_entropy: bool,
+                  inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(logits, return_entropy)
+
+
 @torch.library.custom_op("fastllm::logprobs_backward", mutates_args=())
 def _backward(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tensor, dlogp: Tensor,
               dentropy: Tensor, temperature: float, softcap: float | None,
               ignore_index: int) -> Tensor:
     """The logits' gradient, contiguous, for upstream gradients (T,) of any stride."""
     gradient = logits.new_empty(logits.shape)
-    _differentiate(logits, labels, entropy, stats, dlogp, dentropy, gradient, temperature, softcap,
+    differentiate(logits, labels, entropy, stats, dlogp, dentropy, gradient, temperature, softcap,
                    ignore_index)
     return gradient
 
@@ -188,7 +200,7 @@ def overwrite(logits: Tensor, labels: Tensor, entropy: Tensor, stats: Tensor, dl
               dentropy: Tensor, temperature: float, softcap: float | None,
               ignore_index: int) -> None:
     """The logits (unit column stride) become their gradient."""
-    _differentiate(logits, labels, entropy, stats, dlogp, dentropy, logits, temperature, softcap,
+    differentiate(logits, labels, entropy, stats, dlogp, dentropy, logits, temperature, softcap,
                    ignore_index)
 
 
