@@ -16,9 +16,9 @@ Source of the rounding: Zamirai et al., arXiv:2010.06192.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from fastllm.kernels._spec import Call, Direction, Shape, compute_dtype, normal
 from fastllm.kernels._triton import WORD, cdiv, jit, mix, mix_reference, require, tl
 
 P = ParamSpec("P")
+S = TypeVar("S", bound="Step")
 CHUNK = 16384  # elements a program updates
 BLOCK = 2048
 STATES, SCALARS = 3, 8
@@ -43,7 +44,7 @@ class Rule:
     device: Any
     """@jit: (p, g, s0, s1, s2, c0, ..., c7) -> (p, s0, s1, s2)."""
     plain: Callable[..., tuple[Tensor, ...]]
-    """The same in torch: (p, g, [s0, s1, s2], *scalars) -> (p, s0, s1, s2)."""
+    """The same in torch, of the states named below: (p, g, s0, ..., c0, ...) -> (p, s0, ...)."""
     states: tuple[str, ...] = ()
     """The names of the lists of states, for messages."""
 
@@ -88,14 +89,29 @@ class Step:
     def key(self) -> int:
         return key_of(self.seed, self.step)
 
-    def kept(self) -> dict[str, Sequence[Tensor]]:
-        """The lists of states that there are, by name."""
+    def named(self) -> dict[str, Sequence[Tensor]]:
+        """The lists of states that are kept, by name."""
         return {name: given for name, given in zip(self.rule.states, self.states, strict=True)
                 if given is not None}
 
+    def types(self, name: str, i: int) -> tuple[torch.dtype, ...]:
+        """The types that a state or a master may have."""
+        return WIDE
+
+    def read(self, slot: int, i: int) -> Any:
+        """A state in plain torch."""
+        given = self.states[slot]
+        return 0.0 if given is None else given[i]
+
+    def store(self, slot: int, i: int, value: Tensor) -> None:
+        """A state's new value in plain torch."""
+        given = self.states[slot]
+        if given is not None:
+            given[i].copy_(value)
+
     def _check_lists(self) -> None:
         op, scale = self.rule.op, self.grad_scale
-        lists: dict[str, Sequence[Any]] = {"grads": self.grads, **self.kept(),
+        lists: dict[str, Sequence[Any]] = {"grads": self.grads, **self.named(),
                                            "masters": self.masters}
         if self.offsets is not None:
             lists["offsets"] = self.offsets
@@ -110,7 +126,7 @@ class Step:
 
     def _check_tensors(self, i: int) -> None:
         op, param = self.rule.op, self.params[i]
-        wide = {name: given[i] for name, given in self.kept().items()}
+        wide = {name: given[i] for name, given in self.named().items()}
         for name, tensor in {"params": param, "grads": self.grads[i], **wide,
                              "masters": self.masters[i]}.items():
             if tensor is None:
@@ -118,8 +134,9 @@ class Step:
             if tensor.shape != param.shape or not (name == "grads" or tensor.is_contiguous()):
                 raise ValueError(f"{op}: {name}[{i}] {tuple(tensor.shape)} must be contiguous and "
                                  f"of its parameter's shape {tuple(param.shape)}")
-            if name not in ("params", "grads") and tensor.dtype not in WIDE:
-                raise ValueError(f"{op}: {name}[{i}] is {tensor.dtype}, not float32")
+            if name not in ("params", "grads") and tensor.dtype not in self.types(name, i):
+                raise ValueError(f"{op}: {name}[{i}] is {tensor.dtype}, not "
+                                 f"{str(self.types(name, i)[0])[6:]}")
 
     def _check_type(self, i: int, param: Tensor) -> None:
         op, master = self.rule.op, self.masters[i]
@@ -143,16 +160,16 @@ def key_of(seed: int, step: int) -> int:
     return (seed & WORD) ^ ((step * 0x9E3779B9) & WORD)
 
 
-def random_bits(index: Tensor, key: int) -> Tensor:
-    """The 16 random bits of each global element index (int64), as int64."""
+def random_words(index: Tensor, key: int) -> Tensor:
+    """The 32 random bits of each global element index (int64), as int64."""
     x = (index & WORD) ^ key ^ (((index >> 32) * 0x85EBCA6B) & WORD)
-    return mix_reference((mix_reference(x) + key + 0x632BE5AB) & WORD) >> 16
+    return mix_reference((mix_reference(x) + key + 0x632BE5AB) & WORD)
 
 
 def round_stochastically(values: Tensor, index: Tensor, key: int) -> Tensor:
     """float32 values as bfloat16; NaN and infinities convert as they always do."""
     bits = values.view(torch.int32).to(torch.int64) & WORD
-    rounded = ((bits + random_bits(index, key)) >> 16).to(torch.int16).view(torch.bfloat16)
+    rounded = ((bits + (random_words(index, key) >> 16)) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
@@ -181,13 +198,10 @@ def run_plain(step: Step) -> None:
         return
     for i in range(len(step.params)):
         p, g = wide_of(step, i)
-        states = [None if given is None else given[i] for given in step.states]
-        zeros: list[Any] = [0.0 if state is None else state for state in states]
-        zeros += [0.0] * (STATES - len(zeros))
-        new, *after = step.rule.plain(p, g, zeros, *step.scalars)
-        for state, value in zip(states, after, strict=False):
-            if state is not None:
-                state.copy_(value)
+        new, *after = step.rule.plain(p, g, *(step.read(slot, i) for slot in range(
+            len(step.states))), *step.scalars)
+        for slot, value in enumerate(after):
+            step.store(slot, i, value)
         write(step, i, new)
 
 
@@ -214,11 +228,17 @@ def pointer(table, row: tl.constexpr, tensors, tensor, kind: tl.constexpr, ALIGN
 
 
 @jit
-def rounded_stochastically(values, index, key):
+def random_word(index, key):
+    """32 random bits of each global element index."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
+    return mix(mix(low ^ key ^ (high * 0x85EBCA6B)) + key + 0x632BE5AB)
+
+
+@jit
+def rounded_stochastically(values, index, key):
     bits = values.to(tl.uint32, bitcast=True)
-    random = mix(mix(low ^ key ^ (high * 0x85EBCA6B)) + key + 0x632BE5AB) >> 16
+    random = random_word(index, key) >> 16
     # Adding a multiple of 2^16 below the exponent cannot reach the bits of NaN or infinity from a
     # finite number except by rounding up to infinity, as the largest bfloat16 must.
     rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -348,34 +368,58 @@ def _launch_fake(*args: Any) -> None:
     return None
 
 
-def groups(step: Step) -> list[list[int]]:
-    """The tensors of a step that one launch can take together; the empty ones are left out."""
+@dataclass(frozen=True)
+class Part:
+    """The tensors of a step that one launch can take together, none empty."""
+
+    members: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    """Those that are kept."""
+    masters: list[Tensor]
+    """One a parameter, or none."""
+    grad_scale: Tensor
+    stochastic: bool
+    offsets: list[int]
+
+
+def parts(step: Step) -> Iterator[Part]:
+    """A step by kinds of tensor."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for i, (p, grad, master) in enumerate(zip(step.params, step.grads, step.masters, strict=True)):
         if p.numel():
-            found.setdefault((p.device, p.dtype, grad.dtype, master is not None), []).append(i)
-    return list(found.values())
+            states = tuple(given[i].dtype for given in step.named().values())
+            kind = (p.device, p.dtype, grad.dtype, master is not None, states)
+            found.setdefault(kind, []).append(i)
+    for members in found.values():
+        params, masters = [step.params[i] for i in members], [step.masters[i] for i in members]
+        yield Part(members, params, [step.grads[i].contiguous() for i in members],
+                   [[given[i] for i in members] for given in step.named().values()],
+                   [master for master in masters if master is not None],
+                   step.grad_scale.to(torch.float32),
+                   step.stochastic_rounding and params[0].dtype == torch.bfloat16,
+                   [step.starts[i] for i in members])
+
+
+def launch(step: Step, part: Part) -> None:
+    bits = sum(1 << i for i, given in enumerate(step.states) if given is not None)
+    flat = [state for given in part.states for state in given]
+    _launch(step.rule.op, part.params, part.grads, flat, bits, part.masters, part.grad_scale,
+            list(step.scalars), part.stochastic, step.key, part.offsets)
 
 
 def run(step: Step) -> None:
     """The step by the kernel: one launch a kind of tensor."""
-    kept = sum(1 << i for i, given in enumerate(step.states) if given is not None)
-    for members in groups(step):
-        params, masters = [step.params[i] for i in members], [step.masters[i] for i in members]
-        _launch(step.rule.op, params, [step.grads[i].contiguous() for i in members],
-                [given[i] for given in step.states if given is not None for i in members], kept,
-                [master for master in masters if master is not None],
-                step.grad_scale.to(torch.float32), list(step.scalars),
-                step.stochastic_rounding and params[0].dtype == torch.bfloat16, step.key,
-                [step.starts[i] for i in members])
+    for part in parts(step):
+        launch(step, part)
 
 
-def faces(prepare: Callable[P, Step], name: str, launch: Callable[[Step], None] = run,
-          plain: Callable[[Step], None] = run_plain) -> tuple[Callable[P, None],
-                                                              Callable[P, None]]:
+def faces(prepare: Callable[P, S], name: str, kernel: Callable[[S], None] = run,
+          plain: Callable[[S], None] = run_plain) -> tuple[Callable[P, None], Callable[P, None]]:
     """(the step function, its reference), of the signature and docstring of `prepare`."""
 
-    def face(execute: Callable[[Step], None]) -> Callable[P, None]:
+    def face(execute: Callable[[S], None]) -> Callable[P, None]:
         @functools.wraps(prepare)
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
             with torch.no_grad():
@@ -385,7 +429,7 @@ def faces(prepare: Callable[P, Step], name: str, launch: Callable[[Step], None] 
         call.__annotations__ = {**prepare.__annotations__, "return": None}
         return call
 
-    return face(launch), face(plain)
+    return face(kernel), face(plain)
 
 
 # ---------------------------------------------------------------------------- for the registry

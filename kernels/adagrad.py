@@ -29,10 +29,10 @@ def _rule(p, g, total, s1, s2, rate, weight_decay, eps, c3, c4, c5, c6, c7):
     return p - rate * g / (tl.sqrt(total) + eps), total, s1, s2
 
 
-def _plain(p: Tensor, g: Tensor, states: list[Any], rate: float, weight_decay: float,
+def _plain(p: Tensor, g: Tensor, total: Tensor, rate: float, weight_decay: float,
            eps: float) -> tuple[Tensor, ...]:
     g = g + weight_decay * p
-    total = states[0] + g * g
+    total = total + g * g
     return p - rate * g / (total.sqrt() + eps), total
 
 

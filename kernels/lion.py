@@ -30,9 +30,8 @@ def _rule(p, g, m, s1, s2, lr, decay, gain1, gain2, c4, c5, c6, c7):
     return p * decay - lr * sign, m + (g - m) * gain2, s1, s2
 
 
-def _plain(p: Tensor, g: Tensor, states: list[Any], lr: float, decay: float, gain1: float,
+def _plain(p: Tensor, g: Tensor, m: Tensor, lr: float, decay: float, gain1: float,
            gain2: float) -> tuple[Tensor, ...]:
-    m = states[0]
     towards = m + (g - m) * gain1
     sign = torch.where(towards.isnan(), towards, towards.sign())
     return p * decay - lr * sign, m + (g - m) * gain2

@@ -34,9 +34,9 @@ def _rule(p, g, v, a, b, lr, weight_decay, alpha, gain, centre, momentum, eps, c
     return p - lr * b, v, a, b
 
 
-def _plain(p: Tensor, g: Tensor, states: list[Any], lr: float, weight_decay: float, alpha: float,
-           gain: float, centre: float, momentum: float, eps: float) -> tuple[Tensor, ...]:
-    v, a, b = states
+def _plain(p: Tensor, g: Tensor, v: Tensor, a: Any, b: Any, lr: float, weight_decay: float,
+           alpha: float, gain: float, centre: float, momentum: float,
+           eps: float) -> tuple[Tensor, ...]:
     g = g + weight_decay * p
     v = alpha * v + gain * (g * g)
     a = a + (g - a) * centre

@@ -27,10 +27,10 @@ def _rule(p, g, b, s1, s2, lr, weight_decay, momentum, gain, nesterov, c5, c6, c
     return p - lr * tl.where(nesterov > 0, g + momentum * b, b), b, s1, s2
 
 
-def _plain(p: Tensor, g: Tensor, states: list[Any], lr: float, weight_decay: float,
-           momentum: float, gain: float, nesterov: float) -> tuple[Tensor, ...]:
+def _plain(p: Tensor, g: Tensor, b: Any, lr: float, weight_decay: float, momentum: float,
+           gain: float, nesterov: float) -> tuple[Tensor, ...]:
     g = g + weight_decay * p
-    b = momentum * states[0] + gain * g
+    b = momentum * b + gain * g
     return p - lr * (g + momentum * b if nesterov else b), b
 
 

@@ -21,10 +21,14 @@ from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import dropout as _dropout
 from fastllm.kernels import geglu as _geglu
 from fastllm.kernels import jsd as _jsd
+from fastllm.kernels import lamb as _lamb
+from fastllm.kernels import layer_norm as _layer_norm
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels import linear_logprobs as _linear_logprobs
 from fastllm.kernels import lion as _lion
 from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import lora as _lora
+from fastllm.kernels import qk_norm_rope as _qk_norm_rope
 from fastllm.kernels import quant as _quant
 from fastllm.kernels import rms_norm as _rms_norm
 from fastllm.kernels import rmsprop as _rmsprop
@@ -50,7 +54,8 @@ __all__ = ["BACKENDS", "NF4", "OPS", "Int8", "dispatch", "quantize_int8", "quant
 # ------------------------------------------------------------- ops with a kernel, alphabetically
 
 adagrad_step = face(_adagrad.adagrad_step, reference=_adagrad.reference)
-adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step, reference=_adamw.reference)
+adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step,
+                  cpp_lacks=("exp_avg_scales", "exp_avg_sq_scales"), reference=_adamw.reference)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      reference=_cross_entropy.reference)
 dequantize = face(_quant.dequantize, reference=_quant.dequantize_reference)
@@ -60,14 +65,18 @@ geglu = face(_geglu.geglu, reference=_geglu.reference)
 geglu_linear = face(_geglu.geglu_linear, reference=_geglu.reference_linear)
 jsd = face(_jsd.jsd, reference=_jsd.reference)
 kl_div = face(_jsd.kl_div, reference=_jsd.kl_reference)
+lamb_step = face(_lamb.lamb_step, reference=_lamb.reference)
+layer_norm = face(_layer_norm.layer_norm, reference=_layer_norm.reference)
 linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
+linear_logprobs = face(_linear_logprobs.linear_logprobs, reference=_linear_logprobs.plain)
 lion_step = face(_lion.lion_step, reference=_lion.reference)
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 lora_linear = face(_lora.lora_linear, reference=_lora.reference)
 nf4_linear = face(_quant.nf4_linear, reference=_quant.linear_reference)
+qk_norm_rope = face(_qk_norm_rope.qk_norm_rope, reference=_qk_norm_rope.reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
 rmsprop_step = face(_rmsprop.rmsprop_step, reference=_rmsprop.reference)
 rope = face(_rope.rope, cpp=cpu.rope, cpp_lacks=("interleaved",), reference=_rope.reference)
