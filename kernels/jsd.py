@@ -247,13 +247,16 @@ def _labelled(labels: Tensor | None, other: Tensor) -> tuple[Tensor, int, bool]:
     return (other, 0, False) if labels is None else (labels, labels.stride(0), True)
 
 
-def measure(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float,
-             temperature: float, ignore_index: int, losses: Tensor, stats: Tensor,
-             gradient: Tensor | None = None, factor: Tensor | None = None) -> None:
+def measure(student: Tensor, teacher: Tensor, labels: Tensor | None, losses: Tensor, stats: Tensor,
+            beta: float, temperature: float, ignore_index: int, gradient: Tensor | None = None,
+            factor: Tensor | None = None) -> None:
     """Write the divergences, and the statistics; or, if asked and the rows are short, in place of
     them the gradient times `factor` (0-d float32)."""
     require("jsd", student, teacher)
     tokens, vocab = student.shape
+    if not tokens or not vocab:
+        losses.zero_()
+        return
     s, t = rows_of(student), rows_of(teacher)
     pointer, label_stride, given = _labelled(labels, losses)
     rows, block, warps = tiling(vocab)
@@ -276,10 +279,12 @@ def measure(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float
 
 
 def differentiate(student: Tensor, teacher: Tensor, labels: Tensor | None, stats: Tensor,
-                   upstream: Tensor, gradient: Tensor, beta: float, temperature: float,
-                   ignore_index: int) -> None:
+                  upstream: Tensor, gradient: Tensor, beta: float, temperature: float,
+                  ignore_index: int) -> None:
     """Write the student's gradient into `gradient` (unit column stride), which may be `student`."""
     tokens, vocab = student.shape
+    if not tokens or not vocab:
+        return
     s, t = rows_of(student), rows_of(teacher)
     pointer, label_stride, given = _labelled(labels, stats)
     rows, block, warps = tiling(vocab)
@@ -294,22 +299,26 @@ def differentiate(student: Tensor, teacher: Tensor, labels: Tensor | None, stats
             num_warps=warps)
 
 
+def empty(student: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergences and statistics of as many rows, yet to be written."""
+    tokens = student.shape[0]
+    return (student.new_empty((tokens,), dtype=torch.float32),
+            student.new_empty((tokens, 5), dtype=torch.float32))
+
+
 @torch.library.custom_op("fastllm::jsd", mutates_args=())
 def _forward(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float,
              temperature: float, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Divergences (T,) and statistics (T, 5): student's peak and log of the sum above it, the
     teacher's, and the sum of o."""
-    losses, stats = _forward_fake(student, teacher, labels, beta, temperature, ignore_index)
-    if not student.numel():
-        return losses.zero_(), stats
-    measure(student, teacher, labels, beta, temperature, ignore_index, losses, stats)
+    losses, stats = empty(student)
+    measure(student, teacher, labels, losses, stats, beta, temperature, ignore_index)
     return losses, stats
 
 
 @_forward.register_fake
 def _forward_fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return (student.new_empty(student.shape[:1], dtype=torch.float32),
-            student.new_empty((student.shape[0], 5), dtype=torch.float32))
+    return empty(student)
 
 
 @torch.library.custom_op("fastllm::jsd_backward", mutates_args=())
@@ -317,9 +326,8 @@ def _backward(upstream: Tensor, student: Tensor, teacher: Tensor, labels: Tensor
               stats: Tensor, beta: float, temperature: float, ignore_index: int) -> Tensor:
     """The student's gradient, contiguous, for upstream gradients (T,) of any stride."""
     gradient = student.new_empty(student.shape)
-    if student.numel():
-        differentiate(student, teacher, labels, stats, upstream, gradient, beta, temperature,
-                       ignore_index)
+    differentiate(student, teacher, labels, stats, upstream, gradient, beta, temperature,
+                  ignore_index)
     return gradient
 
 
@@ -345,14 +353,12 @@ def overwrite(student: Tensor, teacher: Tensor, labels: Tensor | None, factor: T
               temperature: float, ignore_index: int) -> Tensor:
     """Divergences (T,); each row of the student's logits (unit column stride) becomes its
     divergence's gradient times factor (0-d float32)."""
-    losses, stats = _forward_fake(student)
-    if not student.numel():
-        return losses.zero_()
-    measure(student, teacher, labels, beta, temperature, ignore_index, losses, stats, student,
-             factor)
+    losses, stats = empty(student)
+    options = beta, temperature, ignore_index
+    measure(student, teacher, labels, losses, stats, *options, student, factor)
     if student.shape[1] > SHORT:
-        differentiate(student, teacher, labels, stats, factor.expand(losses.shape), student, beta,
-                       temperature, ignore_index)
+        differentiate(student, teacher, labels, stats, factor.expand(losses.shape), student,
+                      *options)
     return losses
 
 
@@ -402,11 +408,13 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = 
                          f"not {student_logits.stride()}")
     gradient = student_logits.detach()  # shares the version counter: the overwriting shows
     factor = gradient.new_ones((), dtype=torch.float32)
-    if reduction == "mean":  # in the gradient at once, as backward() then has nothing to scale
+    # Divided in the gradient already, backward() has nothing to scale; float16 would underflow.
+    folded = reduction == "mean" and gradient.dtype != torch.float16
+    if folded:
         factor = factor / count(gradient, labels, ignore_index)
     losses = overwrite(gradient, teacher, labels, factor, *options) * factor
     losses = ce._attach(student_logits, gradient, losses)
-    return losses if reduction == "none" else losses.sum()
+    return reduce(losses, labels, "sum" if folded else reduction, ignore_index)
 
 
 def kl_reference(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,

@@ -46,7 +46,10 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None
         return part(hidden, labels)
     parts = [checkpoint(part, hidden[rows], labels[rows], use_reentrant=False,
                         preserve_rng_state=False) for rows in chunks.spans(hidden.shape[0], held)]
-    return tuple(map(torch.cat, zip(*parts, strict=True))) if return_entropy else torch.cat(parts)
+    if not return_entropy:
+        return torch.cat(parts)
+    logp, entropy = map(torch.cat, zip(*parts, strict=True))
+    return logp, entropy
 
 
 def _held(hidden: Tensor, weight: Tensor, chunk_size: int | None) -> int:
