@@ -114,9 +114,23 @@ class _RmsNorm(torch.autograd.Function):
         return dx, dweight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x (..., H), weight (H,)."""
-    return _RmsNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *,
+             residual: Tensor | None = None, prenorm: bool = False, offset: float = 0.0
+             ) -> Tensor | tuple[Tensor, Tensor]:
+    """h / sqrt(mean(h^2) + eps) * (weight + offset) over the last dimension; x (..., H).
+
+    h = x + residual, in the residual's type; prenorm returns it as well. weight (H,) or None.
+    """
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual {tuple(residual.shape)} is not of x's shape "
+                         f"{tuple(x.shape)}")
+    h = x if residual is None else (x + residual).to(residual.dtype)
+    # The op rounds to the type that it is given: the wider one, where residual and x differ.
+    wide = h.to(torch.promote_types(h.dtype, x.dtype))
+    if weight is None:
+        weight = x.new_ones(x.shape[-1:], dtype=torch.float32)
+    y = _RmsNorm.apply(wide, weight.float() + offset if offset else weight, eps).to(x.dtype)
+    return (y, h) if prenorm else y
 
 
 class _Rope(torch.autograd.Function):

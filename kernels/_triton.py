@@ -83,6 +83,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU (an H100's where there is none), for what no bit depends on."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def warps_for(elements: int, per_thread: int = 8, most: int = 32) -> int:
     """Warps that give each thread about `per_thread` elements of a tile."""
     return min(most, max(1, next_power_of_2(cdiv(elements, 32 * per_thread))))

@@ -38,7 +38,7 @@ def source(function, arguments):
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(function.params):
         name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
@@ -65,7 +65,7 @@ def facts(function, arguments, options):
     return {"registers": int(found[1]), "stack": int(found[2]),
             "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
             "fp64": len(re.findall(r"\bD(?:ADD|MUL|FMA)\b", code)),
-            "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128", code))}
+            "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128", code))}
 
 
 def main():

@@ -188,7 +188,8 @@ def test_program_ids_are_widened():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == "to":
                 fine.add(id(node.value))
-            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "range":
+            elif isinstance(node, ast.Call) and "range" in (
+                    getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
                 fine.update(map(id, node.args))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "program_id":
