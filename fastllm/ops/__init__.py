@@ -24,6 +24,7 @@ from fastllm.kernels import jsd as _jsd
 from fastllm.kernels import lamb as _lamb
 from fastllm.kernels import layer_norm as _layer_norm
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels import linear_jsd as _linear_jsd
 from fastllm.kernels import linear_logprobs as _linear_logprobs
 from fastllm.kernels import lion as _lion
 from fastllm.kernels import logprobs as _logprobs
@@ -71,6 +72,7 @@ linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
+linear_jsd = face(_linear_jsd.linear_jsd, reference=_linear_jsd.plain)
 linear_logprobs = face(_linear_logprobs.linear_logprobs, reference=_linear_logprobs.plain)
 lion_step = face(_lion.lion_step, reference=_lion.reference)
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
