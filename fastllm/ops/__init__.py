@@ -19,6 +19,7 @@ from fastllm.kernels import adagrad as _adagrad
 from fastllm.kernels import adamw as _adamw
 from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import dropout as _dropout
+from fastllm.kernels import embedding as _embedding
 from fastllm.kernels import geglu as _geglu
 from fastllm.kernels import jsd as _jsd
 from fastllm.kernels import lamb as _lamb
@@ -61,6 +62,7 @@ cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      reference=_cross_entropy.reference)
 dequantize = face(_quant.dequantize, reference=_quant.dequantize_reference)
 dropout = face(_dropout.dropout, reference=_dropout.reference)
+embedding = face(_embedding.embedding, reference=_embedding.reference)
 int8_linear = face(_quant.int8_linear, reference=_quant.linear_reference)
 geglu = face(_geglu.geglu, reference=_geglu.reference)
 geglu_linear = face(_geglu.geglu_linear, reference=_geglu.reference_linear)
