@@ -142,13 +142,14 @@ def load_angles(cos, sin, where, sequence, rows, cos_batch, cos_row, sin_batch, 
             at = tl.where(further, probe, at)
             start = tl.where(further, bound, start)
         position = token - start
+    known = (position >= 0) & (position < rows)
     lane = tl.arange(0, BLOCK)[None, None, :]
-    mask = inside & (position >= 0) & (position < rows) & (lane < HALF)
-    # A position that the table lacks must show.
-    bad = float("nan")
-    c = tl.load(cos + batch * cos_batch + position * cos_row + lane, mask=mask, other=bad)
-    s = tl.load(sin + batch * sin_batch + position * sin_row + lane, mask=mask, other=bad)
-    c, s = c.to(tl.float32), s.to(tl.float32)
+    mask = inside & known & (lane < HALF)
+    c = tl.load(cos + batch * cos_batch + position * cos_row + lane, mask=mask, other=0.0)
+    s = tl.load(sin + batch * sin_batch + position * sin_row + lane, mask=mask, other=0.0)
+    # A position that the tables lack must show; tokens past the end must stay numbers.
+    c = tl.where(known | (slot >= sequence), c.to(tl.float32), float("nan"))
+    s = s.to(tl.float32)
     if BACKWARD:
         s = -s
     return c, s
