@@ -1,14 +1,15 @@
 """Adam's moments in 8 bits: a code an element, a float32 scale (largest magnitude) a block of 256.
 
 A block is 256 elements of one tensor, counted from its first; the last may be shorter.
-    m: int8,  m = scale * y |y|,  y = code / 127:  the code is sqrt(|m| / scale), to nearest
-    v: uint8, v = scale * y^4,    y = code / 255:  the code is (v / scale)^(1/4), up or down by the
-                                                   low half of the element's random number
-Roots, because what matters is m / sqrt(v): they give small moments beside large ones more codes. On
-the moments of small language models they err less in m / sqrt(v) than the dynamic map of Dettmers
-et al. (root mean square 1.1 % and 0.6 % against 1.5 % and 1.0 %), and need no table. v takes random
-bits because nearest would lose a change of 1 - beta2 = 0.1 % between codes 1.6 % apart: its root
-would drift 4 % up. A v above zero never becomes zero, which would make m / sqrt(v) explode.
+    m:       int8,  m = scale * y |y|,      y = code / 127: sqrt(|m| / scale), to nearest
+    sqrt(v): uint8, sqrt(v) = scale * y^2,  y = code / 255: sqrt(sqrt(v) / scale), up or down by the
+                                                            low half of the element's random number
+Square roots, because what matters is m / sqrt(v): they leave small moments beside large ones more
+codes. On the moments of small language models they err less in m / sqrt(v) than the dynamic map of
+Dettmers et al. (root mean square 1.1 % and 0.6 % against 1.5 % and 1.0 %), and need no table. v
+takes random bits because nearest would lose a change of 1 - beta2 = 0.1 % between codes 1.6 %
+apart: its root would drift 4 % up. A v above zero never becomes zero, which would make m / sqrt(v)
+explode.
 Source of the block-wise scales: Dettmers et al., arXiv:2110.02861.
 """
 
@@ -40,13 +41,12 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     each = scales.repeat_interleave(SIZE)[:number.numel()]
     if codes.dtype == torch.int8:
         return (number * (number.abs() * (each * (1 / 127**2)))).view(codes.shape)
-    square = number * number
-    return (square * (square * (each * (1 / 255**4)))).view(codes.shape)
+    return (number * (number * (each * (1 / 255**2)))).square().view(codes.shape)
 
 
 def encode(values: Tensor, codes: Tensor, scales: Tensor, random: Tensor | None = None) -> None:
-    """Write codes and scales for the values; random: the numbers of v, 16 bits each."""
-    flat = values.reshape(-1)
+    """Write codes and scales of m, or of v where its random numbers, 16 bits each, are given."""
+    flat = (values if random is None else values.sqrt()).reshape(-1)
     padded = F.pad(flat, (0, scales.numel() * SIZE - flat.numel())).view(-1, SIZE)
     largest = padded.abs().amax(1, keepdim=True)
     scales.copy_(largest.view(-1))
@@ -55,7 +55,7 @@ def encode(values: Tensor, codes: Tensor, scales: Tensor, random: Tensor | None 
         code = (share.sqrt() * 127 + 0.5).floor().copysign(padded)
     else:
         bits = F.pad(random.reshape(-1).to(flat.dtype), (0, padded.numel() - flat.numel()))
-        up = (share.sqrt().sqrt() * 255 + bits.view(-1, SIZE) * 2.0**-16).floor()
+        up = (share.sqrt() * 255 + bits.view(-1, SIZE) * 2.0**-16).floor()
         code = torch.where(share > 0, up.clamp(1, 255), 0.0)
     codes.copy_(code.view(-1)[:flat.numel()].view(codes.shape))
 
@@ -140,21 +140,23 @@ def _update(param, grad, master, exp_avg, exp_avg_sq, scales1, scales2, start, c
     m = tl.load(exp_avg + at, mask=mask, other=zero).to(tl.float32)
     v = tl.load(exp_avg_sq + at, mask=mask, other=zero).to(tl.float32)
     m *= tl.abs(m) * (tl.load(scales1 + row, mask=rows, other=none) * (1 / 16129))[:, None]
+    v *= v * (tl.load(scales2 + row, mask=rows, other=none) * (1 / 65025))[:, None]
     v *= v
-    v *= v * (tl.load(scales2 + row, mask=rows, other=none) * (1 / 4228250625))[:, None]
     p, m, v, _ = RULE(p, g, m, v, 0.0, c0, c1, c2, c3, c4, c5, c6, 0.0)
     write_back(param, master, at, mask, p, index, key, MASTER, STOCHASTIC)
     largest = tl.max(tl.abs(m), axis=1)
     tl.store(scales1 + row, largest, mask=rows)
     share = tl.abs(m) * tl.where(largest > 1e-37, 1 / largest, 0.0)[:, None]
-    code = tl.floor(tl.sqrt(share) * 127 + 0.5)
+    # Casts to integers truncate, which is the floor of what is positive.
+    code = (tl.sqrt(share) * 127 + 0.5).to(tl.int32)
     tl.store(exp_avg + at, tl.where(m < 0, -code, code).to(tl.int8), mask=mask)
-    largest = tl.max(v, axis=1)
+    root = tl.sqrt(v)
+    largest = tl.max(root, axis=1)
     tl.store(scales2 + row, largest, mask=rows)
-    share = v * tl.where(largest > 1e-37, 1 / largest, 0.0)[:, None]
+    share = root * tl.where(largest > 1e-37, 1 / largest, 0.0)[:, None]
     bits = (random_word(index + at, key) & 0xFFFF).to(tl.float32)
-    code = tl.floor(tl.sqrt(tl.sqrt(share)) * 255 + bits * (1 / 65536))
-    code = tl.where(share > 0, tl.minimum(tl.maximum(code, 1.0), 255.0), 0.0)
+    code = tl.minimum(tl.sqrt(share) * 255 + bits * (1 / 65536), 255.0)
+    code = tl.where(share > 0, tl.maximum(code, 1.0), 0.0)
     tl.store(exp_avg_sq + at, code.to(tl.uint8), mask=mask)
 
 
@@ -204,7 +206,7 @@ def _launch(rule: str, params: list[Tensor], grads: list[Tensor], exp_avgs: list
             table, owner, grad_scale, len(params), *map(float, scalars),
             RULE=multi.RULES[rule].device, PARAM=TYPES[params[0].dtype],
             GRAD=TYPES[grads[0].dtype], MASTER=bool(masters), STOCHASTIC=stochastic,
-            ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4)
+            ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
 
 
 @_launch.register_fake

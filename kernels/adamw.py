@@ -24,18 +24,18 @@ from fastllm.kernels._triton import jit, tl
 
 
 @jit
-def _rule(p, g, m, v, s2, gain1, beta2, gain2, eps, decay, step_size, correction, c7):
+def _rule(p, g, m, v, s2, gain1, beta2, gain2, eps, decay, step_size, growth, c7):
     m = m + (g - m) * gain1
     v = v * beta2 + g * g * gain2
-    p = p * decay - step_size * m / (tl.sqrt(v) / correction + eps)
+    p = p * decay - step_size * m / (tl.sqrt(v) * growth + eps)
     return p, m, v, s2
 
 
 def _plain(p: Tensor, g: Tensor, m: Tensor, v: Tensor, gain1: float, beta2: float, gain2: float,
-           eps: float, decay: float, step_size: float, correction: float) -> tuple[Tensor, ...]:
+           eps: float, decay: float, step_size: float, growth: float) -> tuple[Tensor, ...]:
     m = m + (g - m) * gain1
     v = v * beta2 + g * g * gain2
-    return p * decay - step_size * m / (v.sqrt() / correction + eps), m, v
+    return p * decay - step_size * m / (v.sqrt() * growth + eps), m, v
 
 
 RULE = multi.Rule("adamw_step", _rule, _plain, ("exp_avgs", "exp_avg_sqs"))
@@ -61,7 +61,7 @@ def _prepare(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequen
     in float32.
     """
     scalars = (1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step),
-               math.sqrt(1 - beta2**step)) if step >= 1 else ()
+               1 / math.sqrt(1 - beta2**step)) if step >= 1 else ()
     return block8.Step(RULE, params, grads, (exp_avgs, exp_avg_sqs), masters, scalars, step,
                        grad_scale, stochastic_rounding, seed, offsets,
                        (exp_avg_scales, exp_avg_sq_scales))

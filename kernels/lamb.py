@@ -34,25 +34,25 @@ def _run_plain(step: multi.Step) -> None:
     """The step in plain PyTorch; it reads grad_scale on the host."""
     if not bool(step.grad_scale.isfinite()):
         return
-    lr, gain1, beta2, gain2, eps, weight_decay, growth, correction = step.scalars
+    lr, gain1, beta2, gain2, eps, weight_decay, growth, widening = step.scalars
     for i, (m, v) in enumerate(zip(*step.named().values(), strict=True)):
         p, g = multi.wide_of(step, i)
         m.add_((g - m) * gain1)
         v.mul_(beta2).add_(g * g * gain2)
-        u = growth * m / (v.sqrt() / correction + eps) + weight_decay * p
+        u = growth * m / (v.sqrt() * widening + eps) + weight_decay * p
         length, reach = (x.double().norm().to(p.dtype) for x in (p, u))
         ratio = torch.where((length > 0) & (reach > 0), length / reach, 1.0)
         multi.write(step, i, p - lr * ratio * u)
 
 
 @jit
-def _direction(p, m, v, eps, weight_decay, growth, correction):
-    return growth * m / (tl.sqrt(v) / correction + eps) + weight_decay * p
+def _direction(p, m, v, eps, weight_decay, growth, widening):
+    return growth * m / (tl.sqrt(v) * widening + eps) + weight_decay * p
 
 
 @jit
 def _moments(wide, grad, exp_avg, exp_avg_sq, at, count, scale, gain1, beta2, gain2, eps,
-             weight_decay, growth, correction, WHOLE: tl.constexpr):
+             weight_decay, growth, widening, WHOLE: tl.constexpr):
     """Update the moments of one block; the squares of its weights and of its direction."""
     mask = None if WHOLE else at < count
     g = tl.load(grad + at, mask=mask).to(tl.float32) * scale
@@ -63,15 +63,16 @@ def _moments(wide, grad, exp_avg, exp_avg_sq, at, count, scale, gain1, beta2, ga
     v = v * beta2 + g * g * gain2
     tl.store(exp_avg + at, m, mask=mask)
     tl.store(exp_avg_sq + at, v, mask=mask)
-    u = _direction(p, m, v, eps, weight_decay, growth, correction)
-    if WHOLE:
-        return p * p, u * u
-    return tl.where(mask, p * p, 0.0), tl.where(mask, u * u, 0.0)
+    u = _direction(p, m, v, eps, weight_decay, growth, widening)
+    if not WHOLE:
+        p = tl.where(mask, p, 0.0)
+        u = tl.where(mask, u, 0.0)
+    return p * p, u * u
 
 
 @jit
 def _moments_kernel(table, owner, grad_scale, partials, tensors, gain1, beta2, gain2, eps,
-                    weight_decay, growth, correction, PARAM: tl.constexpr, GRAD: tl.constexpr,
+                    weight_decay, growth, widening, PARAM: tl.constexpr, GRAD: tl.constexpr,
                     MASTER: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
                     BLOCK: tl.constexpr):
     """One program CHUNK elements; partials (2, programs) get its sums of squares."""
@@ -91,12 +92,12 @@ def _moments_kernel(table, owner, grad_scale, partials, tensors, gain1, beta2, g
             at = start + piece + tl.arange(0, BLOCK)
             if start + piece + BLOCK <= count:
                 pp, uu = _moments(wide, grad, exp_avg, exp_avg_sq, at, count, scale, gain1, beta2,
-                                  gain2, eps, weight_decay, growth, correction, True)
+                                  gain2, eps, weight_decay, growth, widening, True)
                 length += pp
                 reach += uu
             elif start + piece < count:
                 pp, uu = _moments(wide, grad, exp_avg, exp_avg_sq, at, count, scale, gain1, beta2,
-                                  gain2, eps, weight_decay, growth, correction, False)
+                                  gain2, eps, weight_decay, growth, widening, False)
                 length += pp
                 reach += uu
         program = tl.program_id(0).to(tl.int64)
@@ -126,7 +127,7 @@ def _ratio_kernel(table, partials, ratios, tensors, programs, CHUNK: tl.constexp
 
 @jit
 def _weights(param, master, exp_avg, exp_avg_sq, at, count, index, key, rate, eps, weight_decay,
-             growth, correction, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+             growth, widening, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
              WHOLE: tl.constexpr):
     """One block of one tensor's weights."""
     mask = None if WHOLE else at < count
@@ -134,13 +135,13 @@ def _weights(param, master, exp_avg, exp_avg_sq, at, count, index, key, rate, ep
     p = tl.load(wide + at, mask=mask).to(tl.float32)
     m = tl.load(exp_avg + at, mask=mask)
     v = tl.load(exp_avg_sq + at, mask=mask)
-    p -= rate * _direction(p, m, v, eps, weight_decay, growth, correction)
+    p -= rate * _direction(p, m, v, eps, weight_decay, growth, widening)
     write_back(param, master, at, mask, p, index, key, MASTER, STOCHASTIC)
 
 
 @jit
 def _weights_kernel(table, owner, grad_scale, ratios, tensors, lr, eps, weight_decay, growth,
-                    correction, PARAM: tl.constexpr, MASTER: tl.constexpr,
+                    widening, PARAM: tl.constexpr, MASTER: tl.constexpr,
                     STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
                     BLOCK: tl.constexpr):
     """One program CHUNK elements of one tensor."""
@@ -157,10 +158,10 @@ def _weights_kernel(table, owner, grad_scale, ratios, tensors, lr, eps, weight_d
             at = start + piece + tl.arange(0, BLOCK)
             if start + piece + BLOCK <= count:
                 _weights(param, master, exp_avg, exp_avg_sq, at, count, index, key, rate, eps,
-                         weight_decay, growth, correction, MASTER, STOCHASTIC, True)
+                         weight_decay, growth, widening, MASTER, STOCHASTIC, True)
             elif start + piece < count:
                 _weights(param, master, exp_avg, exp_avg_sq, at, count, index, key, rate, eps,
-                         weight_decay, growth, correction, MASTER, STOCHASTIC, False)
+                         weight_decay, growth, widening, MASTER, STOCHASTIC, False)
 
 
 @torch.library.custom_op(
@@ -212,7 +213,7 @@ def _prepare(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequen
     `adamw_step`, which is this with a ratio of 1.
     """
     scalars = (lr, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, 1 / (1 - beta1**step),
-               math.sqrt(1 - beta2**step)) if step >= 1 else ()
+               1 / math.sqrt(1 - beta2**step)) if step >= 1 else ()
     return multi.Step(RULE, params, grads, (exp_avgs, exp_avg_sqs), masters, scalars, step,
                       grad_scale, stochastic_rounding, seed, offsets)
 
