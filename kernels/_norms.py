@@ -27,7 +27,7 @@ from fastllm.kernels._triton import (
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements of a tile of several rows
 WHOLE = 8192  # longest row that is held in registers, of odd lengths half of it
 LONG_BLOCK = 4096
-FORWARD_PROGRAMS = 4  # on each multiprocessor
+FORWARD_PROGRAMS = 4  # on each multiprocessor; half as many where each reads a bias too
 # Programs of a backward that gathers gradients: a function of shapes alone, never of the GPU, since
 # it decides the order of summation and so the bits. 256 are two for each multiprocessor of an H100.
 PARTIALS = 256
@@ -297,8 +297,8 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Te
             _forward_long_kernel[(rows,)](*arguments, BLOCK=LONG_BLOCK, num_warps=8)
         elif rows:
             tile = _tile(FORWARD_TILE, hidden, flat, added)
-            programs = min(cdiv(rows, tile["ROWS"]), FORWARD_PROGRAMS * multiprocessors(x.device))
-            _forward_kernel[(programs,)](*arguments, **tile)
+            most = multiprocessors(x.device) * FORWARD_PROGRAMS // (1 if bias is None else 2)
+            _forward_kernel[(min(most, cdiv(rows, tile["ROWS"])),)](*arguments, **tile)
     return y, h, statistics
 
 
