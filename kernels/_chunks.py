@@ -52,7 +52,8 @@ def even(length: int, most: int, multiple: int = 128) -> int:
     return min(cdiv(step, multiple) * multiple, most)
 
 
-def step(length: int, other: int, width: int, itemsize: int, *, tight: bool = False) -> int:
+def step(length: int, other: int, width: int, itemsize: int, *, tight: bool = False,
+         least: int = LEAST) -> int:
     """How much of `length` a chunk of logits (length x other, inner size width) covers on a GPU.
 
     Each chunk multiplies (its part x width x other, three times) and adds to a float32 sum
@@ -65,7 +66,7 @@ def step(length: int, other: int, width: int, itemsize: int, *, tight: bool = Fa
     enough = int(addition / (OVERHEAD * max(product, 1e-30)))
     room = TIGHT if tight else max(SMALL, other * width * itemsize)
     fits = room // max(1, other * itemsize)
-    return even(length, max(LEAST, min(enough, fits) // 128 * 128))
+    return even(length, max(least, min(enough, fits) // 128 * 128))
 
 
 def rows(tokens: int, width: int, vocab: int, itemsize: int, *, chunk_size: int | None = None,
@@ -79,7 +80,9 @@ def rows(tokens: int, width: int, vocab: int, itemsize: int, *, chunk_size: int 
         held = chunk_size or even(tokens, max(CPU_HELD, CPU_CACHE // max(1, vocab * itemsize)), 1)
         held = min(held, max(tokens, 1))
         return held, min(held, CPU_TILE)
-    held = min(chunk_size or step(tokens, vocab, width, itemsize, tight=tight), max(tokens, 1))
+    held = chunk_size or step(tokens, vocab, width, itemsize, tight=tight,
+                              least=LEAST // 2 if tight else LEAST)
+    held = min(held, max(tokens, 1))
     return held, held
 
 
