@@ -8,13 +8,14 @@ float16 (in fp32 inside). The exact fp32 matmul (`linear`) needs no extension.
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastllm.kernels import _rotary as rotary
+from fastllm.kernels.grad_norm import coefficient
 
 Reduction = Literal["sum", "mean", "none"]
 _OPS = torch.ops.fastllm_cpu
@@ -368,6 +369,8 @@ def adamw_step(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequ
                      list(offsets) if offsets is not None else [])
 
 
-def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The global L2 norm of the gradients as a 0-d fp32 tensor, summed in a fixed order."""
-    return _OPS.grad_norm(list(grads))
+@torch.no_grad()
+def grad_norm(grads: Sequence[Tensor], *, max_norm: float | None = None) -> Any:
+    """The global L2 norm as a 0-d fp32 tensor, summed in a fixed order; see `ops.grad_norm`."""
+    norm = _OPS.grad_norm([grad.contiguous() for grad in grads])
+    return norm if max_norm is None else (norm, coefficient(norm, max_norm))

@@ -7,10 +7,8 @@ for float64 and for other devices it takes the reference. `dispatch` says what t
 why. A backend asked for by name that cannot run raises; so does a CUDA tensor without Triton.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import dropout as _dropout
 from fastllm.kernels import embedding as _embedding
 from fastllm.kernels import geglu as _geglu
+from fastllm.kernels import grad_norm as _grad_norm
 from fastllm.kernels import jsd as _jsd
 from fastllm.kernels import lamb as _lamb
 from fastllm.kernels import layer_norm as _layer_norm
@@ -63,6 +62,7 @@ cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
 dequantize = face(_quant.dequantize, reference=_quant.dequantize_reference)
 dropout = face(_dropout.dropout, reference=_dropout.reference)
 embedding = face(_embedding.embedding, reference=_embedding.reference)
+grad_norm = face(_grad_norm.grad_norm, cpp=cpu.grad_norm, reference=_grad_norm.reference)
 int8_linear = face(_quant.int8_linear, reference=_quant.linear_reference)
 geglu = face(_geglu.geglu, reference=_geglu.reference)
 geglu_linear = face(_geglu.geglu_linear, reference=_geglu.reference_linear)
@@ -119,11 +119,6 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool,
         raise ValueError(f"attention: {shapes}: causal needs at least as many keys as queries")
 
 
-def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The global L2 norm as a 0-d float32 tensor; the same bits for any number of threads."""
-    return pick(_grad_norm, grads, {})(grads) if grads else torch.zeros(())
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) @ weight (O, I).T + bias, by the fastest exact product of the device."""
     return pick(_linear, (x,), {})(x, weight, bias)
@@ -131,8 +126,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 _attention = register(attention, cpp=cpu.attention, reference=_plain.attention,
                       on_cuda="torch's scaled_dot_product_attention")
-_grad_norm = register(grad_norm, cpp=cpu.grad_norm, reference=_plain.grad_norm,
-                      on_cuda="torch's multi-tensor norm")
 # The fast float32 product comes from torch itself and needs no extension.
 _linear = register(linear, cpp=cpu.linear, reference=F.linear, compiled=False,
                    on_cuda="the vendor's matrix product")

@@ -1,7 +1,5 @@
 """Plain torch forms of the ops that have no kernel file, and the C++ parts of the linear loss."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,24 +51,6 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                          attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
-
-
-def _fixed_sum(values: Tensor) -> Tensor:
-    """Sum in an order that depends on the length alone: rows of 4096, then rows of row sums."""
-    while values.numel() > 1:
-        rows = -(-values.numel() // 4096)
-        # Each row is summed by one thread, so the number of threads changes nothing.
-        values = F.pad(values, (0, rows * 4096 - values.numel())).view(rows, 4096).sum(1)
-    return values.sum()
-
-
-def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """sqrt of the sum of squares: squared and summed in float64 on CPUs, float32 elsewhere."""
-    if grads[0].device.type != "cpu":
-        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-        return torch.linalg.vector_norm(torch.stack(norms))
-    sums = [_fixed_sum(grad.detach().reshape(-1).double().square()) for grad in grads]
-    return _fixed_sum(torch.stack(sums)).sqrt().float()
 
 
 def _cpp_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float,
