@@ -1,6 +1,6 @@
 """What RMSNorm and LayerNorm share: one family of kernels, with the mean (CENTER) or without.
 
-    h = x + residual, y = (h - mean(h)) / sqrt(mean((h - mean(h))^2) + eps) * (weight + offset) + bias
+    h = x + residual,  c = h - mean(h),  y = c / sqrt(mean(c^2) + eps) * (weight + offset) + bias
 
 h is kept in the residual's type and y is formed from what was kept. Short rows are held in
 registers, several to a tile; a program walks many tiles, so that the weight is read once for all of
@@ -131,7 +131,7 @@ def _backward_kernel(dy, dh, h, weight, statistics, dx, dresidual, partial, rows
 @jit
 def _gather_kernel(partial, dweight, dbias, programs, hidden, WEIGHT: tl.constexpr,
                    BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dweight and dbias, a block of columns, from partial sums (programs, WEIGHT + BIAS, hidden)."""
+    """A block of dweight and dbias, from the partial sums (programs, WEIGHT + BIAS, hidden)."""
     column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     to_weight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     to_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)

@@ -17,7 +17,8 @@ STREAM = {"residual": True, "residual_dtype": torch.float32, "prenorm": True}
 
 def gradients(module, call):
     outputs = module.KERNEL.results(module.KERNEL.public, call)
-    return torch.autograd.grad(outputs, call.differentiated(), [torch.ones_like(y) for y in outputs])
+    upstream = [torch.ones_like(y) for y in outputs]
+    return torch.autograd.grad(outputs, call.differentiated(), upstream)
 
 
 @BOTH
@@ -111,7 +112,7 @@ def test_the_one_gradient_is_not_shared(module):
 @BOTH
 def test_prenorm_without_a_residual_passes_x_on(module):
     call = kc.make(module.KERNEL, (5, 64), torch.float32, prenorm=True)
-    y, h = module.KERNEL.public(*call.args, **call.kwargs)
+    _, h = module.KERNEL.public(*call.args, **call.kwargs)
     assert h is call.args[0]
     kc.check(module.KERNEL, module.KERNEL.public, call)
 
@@ -153,7 +154,7 @@ def test_what_does_not_fit_raises(module):
     op, x = module.KERNEL.public, torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"weight \(4,\) does not fit x \(2, 8\)"):
         op(x, torch.zeros(4))
-    with pytest.raises(ValueError, match="residual .* is not of x's shape"):
+    with pytest.raises(ValueError, match=r"residual .* is not of x's shape"):
         op(x, torch.zeros(8), residual=torch.zeros(8))
     with pytest.raises(TypeError, match=f"{module.KERNEL.name}: torch.float64"):
         op(x, torch.zeros(8), residual=torch.zeros(2, 8, dtype=torch.float64))
