@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, tl
 
@@ -58,15 +59,15 @@ adagrad_step, reference = multi.faces(_prepare, "adagrad_step")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, **options: Any) -> Call:
-    return multi.inputs_of(shape, dtype, device, generator, ("+",), **options)
+    return spec.inputs_of(shape, dtype, device, generator, ("+",), **options)
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    return 9 * multi.elements(shape) if direction == "forward" else 0
+    return 9 * spec.elements(shape) if direction == "forward" else 0
 
 
 KERNEL = Kernel(
     name="adagrad", public=adagrad_step, reference=reference, inputs=inputs,
-    variants={"falling rate": {"lr_decay": 0.1}, "eps": {"eps": 0.5}, **multi.VARIANTS},
-    floor_bytes=partial(multi.floor_of, states=4), floor_flops=floor_flops, **multi.SHAPES,
+    variants={"falling rate": {"lr_decay": 0.1}, "eps": {"eps": 0.5}, **spec.VARIANTS},
+    floor_bytes=partial(spec.floor_of, states=4), floor_flops=floor_flops, **spec.SHAPES,
 )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastllm.kernels import _block8 as block8
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, tl
 
@@ -73,7 +74,7 @@ adamw_step, reference = multi.faces(_prepare, "adamw_step", block8.run)
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, eight_bit: bool = False,
            **options: Any) -> Call:
     scalars = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, **options}
-    call = multi.inputs_of(shape, dtype, device, generator, (" ", "+"), **scalars)
+    call = spec.inputs_of(shape, dtype, device, generator, (" ", "+"), **scalars)
     if not eight_bit:
         return call
     params, grads, *moments, masters = call.args
@@ -86,22 +87,22 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, eight_bit: bo
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, *,
                 eight_bit: bool = False, **options: Any) -> int:
     if not eight_bit or direction == "backward":
-        return multi.floor_of(shape, dtype, direction, states=8, **options)
+        return spec.floor_of(shape, dtype, direction, states=8, **options)
     scales = sum(block8.blocks(max(shape[1] - i, 0)) for i in range(shape[0]))
-    return multi.floor_of(shape, dtype, direction, states=2, **options) + 2 * 8 * scales
+    return spec.floor_of(shape, dtype, direction, states=2, **options) + 2 * 8 * scales
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    return 14 * multi.elements(shape) if direction == "forward" else 0
+    return 14 * spec.elements(shape) if direction == "forward" else 0
 
 
 EIGHT = {"eight_bit": True}
 KERNEL = Kernel(
     name="adamw", public=adamw_step, reference=reference, inputs=inputs,
-    variants={"first step": {"step": 1}, **multi.VARIANTS, "8 bit": EIGHT,
-              "8 bit, stochastic": {**EIGHT, **multi.VARIANTS["stochastic"]},
-              "8 bit, no masters": {**EIGHT, **multi.VARIANTS["stochastic, no masters"]}},
-    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**multi.SHAPES, "bench_options": {
-        **multi.SHAPES["bench_options"], "8 bit": EIGHT,
-        "8 bit, no masters": {**EIGHT, **multi.VARIANTS["stochastic, no masters"]}}},
+    variants={"first step": {"step": 1}, **spec.VARIANTS, "8 bit": EIGHT,
+              "8 bit, stochastic": {**EIGHT, **spec.VARIANTS["stochastic"]},
+              "8 bit, no masters": {**EIGHT, **spec.VARIANTS["stochastic, no masters"]}},
+    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**spec.SHAPES, "bench_options": {
+        **spec.SHAPES["bench_options"], "8 bit": EIGHT,
+        "8 bit, no masters": {**EIGHT, **spec.VARIANTS["stochastic, no masters"]}}},
 )

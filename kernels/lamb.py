@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._multi_tensor import BLOCK, CHUNK, TYPES, place, pointer, write_back
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, require, tl
@@ -222,22 +223,22 @@ lamb_step, reference = multi.faces(_prepare, "lamb_step", _run, _run_plain)
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, **options: Any) -> Call:
-    return multi.inputs_of(shape, dtype, device, generator, (" ", "+"), **options)
+    return spec.inputs_of(shape, dtype, device, generator, (" ", "+"), **options)
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, *, masters: bool = True,
                 **options: Any) -> int:
-    once = multi.floor_of(shape, dtype, direction, states=8, masters=masters, **options)
-    weight = 4 if multi.has_master(dtype, masters) else dtype.itemsize
-    return once + (8 + weight) * multi.elements(shape) if direction == "forward" else 0
+    once = spec.floor_of(shape, dtype, direction, states=8, masters=masters, **options)
+    weight = 4 if spec.has_master(dtype, masters) else dtype.itemsize
+    return once + (8 + weight) * spec.elements(shape) if direction == "forward" else 0
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    return 26 * multi.elements(shape) if direction == "forward" else 0
+    return 26 * spec.elements(shape) if direction == "forward" else 0
 
 
 KERNEL = Kernel(
     name="lamb", public=lamb_step, reference=reference, inputs=inputs,
-    variants={"first step": {"step": 1}, **multi.VARIANTS},
-    floor_bytes=floor_bytes, floor_flops=floor_flops, **multi.SHAPES,
+    variants={"first step": {"step": 1}, **spec.VARIANTS},
+    floor_bytes=floor_bytes, floor_flops=floor_flops, **spec.SHAPES,
 )

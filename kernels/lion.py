@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, tl
 
@@ -58,15 +59,15 @@ lion_step, reference = multi.faces(_prepare, "lion_step")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, **options: Any) -> Call:
-    return multi.inputs_of(shape, dtype, device, generator, (" ",), **options)
+    return spec.inputs_of(shape, dtype, device, generator, (" ",), **options)
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    return 10 * multi.elements(shape) if direction == "forward" else 0
+    return 10 * spec.elements(shape) if direction == "forward" else 0
 
 
 KERNEL = Kernel(
     name="lion", public=lion_step, reference=reference, inputs=inputs,
-    variants={"other betas": {"beta1": 0.95, "beta2": 0.98}, **multi.VARIANTS},
-    floor_bytes=partial(multi.floor_of, states=4), floor_flops=floor_flops, **multi.SHAPES,
+    variants={"other betas": {"beta1": 0.95, "beta2": 0.98}, **spec.VARIANTS},
+    floor_bytes=partial(spec.floor_of, states=4), floor_flops=floor_flops, **spec.SHAPES,
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, tl
 
@@ -75,26 +76,26 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, centered: boo
            momentum: float = 0.0, **options: Any) -> Call:
     # A mean drawn apart from its second moment could exceed it.
     kept = ("+", "0" if centered else "", " " if momentum else "")
-    return multi.inputs_of(shape, dtype, device, generator, kept, momentum=momentum, **options)
+    return spec.inputs_of(shape, dtype, device, generator, kept, momentum=momentum, **options)
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, *, centered: bool = False,
                 momentum: float = 0.0, **options: Any) -> int:
     states = 4 * (1 + centered + bool(momentum))
-    return multi.floor_of(shape, dtype, direction, states=states, **options)
+    return spec.floor_of(shape, dtype, direction, states=states, **options)
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, *, centered: bool = False,
                 momentum: float = 0.0, **_: Any) -> int:
     each = 11 + 5 * centered + 2 * bool(momentum)
-    return each * multi.elements(shape) if direction == "forward" else 0
+    return each * spec.elements(shape) if direction == "forward" else 0
 
 
 FULL = {"centered": True, "momentum": 0.9}
 KERNEL = Kernel(
     name="rmsprop", public=rmsprop_step, reference=reference, inputs=inputs,
     variants={"momentum": {"momentum": 0.9}, "centred": {"centered": True},
-              "centred, momentum": FULL, **multi.VARIANTS},
-    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**multi.SHAPES, "bench_options": {
-        **multi.SHAPES["bench_options"], "centred, momentum": FULL}},
+              "centred, momentum": FULL, **spec.VARIANTS},
+    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**spec.SHAPES, "bench_options": {
+        **spec.SHAPES["bench_options"], "centred, momentum": FULL}},
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
+from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
 from fastllm.kernels._triton import jit, tl
 
@@ -66,24 +67,24 @@ sgd_step, reference = multi.faces(_prepare, "sgd_step")
 
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, momentum: float = 0.9,
            **options: Any) -> Call:
-    return multi.inputs_of(shape, dtype, device, generator, (" " if momentum else "",),
+    return spec.inputs_of(shape, dtype, device, generator, (" " if momentum else "",),
                            momentum=momentum, **options)
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, *, momentum: float = 0.9,
                 **options: Any) -> int:
-    return multi.floor_of(shape, dtype, direction, states=4 if momentum else 0, **options)
+    return spec.floor_of(shape, dtype, direction, states=4 if momentum else 0, **options)
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    return 8 * multi.elements(shape) if direction == "forward" else 0
+    return 8 * spec.elements(shape) if direction == "forward" else 0
 
 
 KERNEL = Kernel(
     name="sgd", public=sgd_step, reference=reference, inputs=inputs,
     variants={"plain": {"momentum": 0.0}, "nesterov": {"nesterov": True},
               "dampening": {"dampening": 0.3}, "first step": {"dampening": 0.3, "step": 1},
-              **multi.VARIANTS},
-    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**multi.SHAPES, "bench_options": {
-        **multi.SHAPES["bench_options"], "plain": {"momentum": 0.0}}},
+              **spec.VARIANTS},
+    floor_bytes=floor_bytes, floor_flops=floor_flops, **{**spec.SHAPES, "bench_options": {
+        **spec.SHAPES["bench_options"], "plain": {"momentum": 0.0}}},
 )

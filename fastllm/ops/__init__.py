@@ -29,6 +29,7 @@ from fastllm.kernels import linear_logprobs as _linear_logprobs
 from fastllm.kernels import lion as _lion
 from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import lora as _lora
+from fastllm.kernels import muon as _muon
 from fastllm.kernels import qk_norm_rope as _qk_norm_rope
 from fastllm.kernels import quant as _quant
 from fastllm.kernels import rms_norm as _rms_norm
@@ -58,6 +59,7 @@ adagrad_step = face(_adagrad.adagrad_step, reference=_adagrad.reference)
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step,
                   cpp_lacks=("exp_avg_scales", "exp_avg_sq_scales"), reference=_adamw.reference)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
+                     cpp_lacks=("weight", "logit_scale", "return_metrics"),
                      reference=_cross_entropy.reference)
 dequantize = face(_quant.dequantize, reference=_quant.dequantize_reference)
 dropout = face(_dropout.dropout, reference=_dropout.reference)
@@ -73,12 +75,14 @@ layer_norm = face(_layer_norm.layer_norm, reference=_layer_norm.reference)
 linear_cross_entropy = face(
     _linear_cross_entropy.linear_cross_entropy,
     cpp=partial(_linear_cross_entropy.linear_cross_entropy, parts="cpp"),
+    cpp_lacks=("ce_weight", "logit_scale", "return_metrics"),
     reference=partial(_linear_cross_entropy.linear_cross_entropy, parts="torch"))
 linear_jsd = face(_linear_jsd.linear_jsd, reference=_linear_jsd.plain)
 linear_logprobs = face(_linear_logprobs.linear_logprobs, reference=_linear_logprobs.plain)
 lion_step = face(_lion.lion_step, reference=_lion.reference)
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 lora_linear = face(_lora.lora_linear, reference=_lora.reference)
+muon_step = face(_muon.muon_step, reference=_muon.reference)
 nf4_linear = face(_quant.nf4_linear, reference=_quant.linear_reference)
 qk_norm_rope = face(_qk_norm_rope.qk_norm_rope, reference=_qk_norm_rope.reference)
 rms_norm = face(_rms_norm.rms_norm, cpp=cpu.rms_norm, reference=_rms_norm.reference)
