@@ -24,14 +24,19 @@ from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype,
 from fastllm.kernels._triton import WORD, jit, mix, mix_reference, require, tl
 
 
-def kept(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
-    """The mask of a tensor of this shape."""
+def random_bits(index: Tensor, seed: Tensor) -> Tensor:
+    """The 32 random bits of each element index, as int64."""
     low, high = seed & WORD, (seed >> 32) & WORD
     start = mix_reference((low + 0x9E3779B9) & WORD) ^ mix_reference((high + 0x85EBCA6B) & WORD)
     step = mix_reference((start + low) & WORD) | 1
     far = mix_reference((start + high) & WORD)
+    return mix_reference((start + step * (index & WORD) + far * (index >> 32)) & WORD)
+
+
+def kept(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
+    """The mask of a tensor of this shape."""
     index = torch.arange(shape.numel(), device=seed.device).view(shape)
-    return mix_reference((start + step * (index & WORD) + far * (index >> 32)) & WORD) > last(p)
+    return random_bits(index, seed) > last(p)
 
 
 def last(p: float) -> int:
@@ -77,21 +82,26 @@ def _scale(p: float) -> float:
 
 
 @jit
+def bits_of(index, seed):
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    start = mix(low + 0x9E3779B9) ^ mix(high + 0x85EBCA6B)
+    step = mix(start + low) | 1
+    far = mix(start + high)
+    near = step * (index & 0xFFFFFFFF).to(tl.uint32)
+    return mix(start + near + far * (index >> 32).to(tl.uint32))
+
+
+@jit
 def _kernel(x, residual, y, seed, rows, columns, x_stride, x_step, residual_stride, last, scale,
              blocks, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program a tile; y is contiguous."""
     row, column = tile_of(blocks, ROWS, BLOCK)
     mask = (row < rows) & (column < columns)
     value = tl.load(x + row * x_stride + column * x_step, mask=mask, other=0.0).to(tl.float32)
-    key = tl.load(seed)
-    low = (key & 0xFFFFFFFF).to(tl.uint32)
-    high = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    start = mix(low + 0x9E3779B9) ^ mix(high + 0x85EBCA6B)
-    step = mix(start + low) | 1
-    far = mix(start + high)
     index = row * columns + column
-    here = start + step * (index & 0xFFFFFFFF).to(tl.uint32) + far * (index >> 32).to(tl.uint32)
-    value = tl.where(mix(here) > tl.full((), last, tl.uint32), value * scale, 0.0)
+    keep = bits_of(index, tl.load(seed)) > tl.full((), last, tl.uint32)
+    value = tl.where(keep, value * scale, 0.0)
     if RESIDUAL:
         value += tl.load(residual + row * residual_stride + column, mask=mask,
                          other=0.0).to(tl.float32)

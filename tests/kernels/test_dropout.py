@@ -6,7 +6,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastllm import ops
-from fastllm.kernels.dropout import kept
+from fastllm.kernels._triton import jit, tl
+from fastllm.kernels.dropout import bits_of, kept, random_bits
 
 COUNT = 1 << 18
 
@@ -62,6 +63,22 @@ def test_seeds_are_independent():
     # Nor is one the other in another order: blocks of 256 elements keep other numbers of them.
     blocks = masks.view(len(seeds), 256, 256).sum(-1).sort(-1).values
     assert len({tuple(row.tolist()) for row in blocks}) == len(seeds)
+
+
+@jit
+def draw(index, seed, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(out + at, bits_of(tl.load(index + at), tl.load(seed)).to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 1 << 40, -(1 << 63), (1 << 63) - 1])
+def test_indices_and_seeds_of_64_bits(seed):
+    index = torch.tensor([0, 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 32) + 1,
+                          (1 << 40) + 7], device=kc.DEVICE)
+    at, out = torch.tensor(seed, device=kc.DEVICE), torch.empty_like(index)
+    draw[(1,)](index, at, out, COUNT=8)
+    assert torch.equal(out, random_bits(index, at))
+    assert len(set(out.tolist())) == 8
 
 
 # ------------------------------------------------------------------------- what they depend on
