@@ -99,7 +99,7 @@ def test_an_option_that_cpp_lacks_takes_the_reference():
     def scaled(x, *, factor=1.0, bias=None):
         return "triton"
 
-    scaled_op = _dispatch.face(scaled, cpp=lambda x, **_: "cpp", cpp_lacks=("factor", "bias"),
+    scaled_op = _dispatch.face(scaled, cpp=lambda x: "cpp", cpp_lacks=("factor", "bias"),
                                reference=lambda x, **_: "reference")
     x = torch.ones(2)
     try:

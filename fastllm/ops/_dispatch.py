@@ -48,10 +48,21 @@ def register(prototype: Callable[..., Any], *, triton: Callable[..., Any] | None
     name = prototype.__name__
     parameters = inspect.signature(prototype).parameters
     lacks = {option: parameters[option].default for option in cpp_lacks}
+    if cpp is not None and lacks:
+        cpp = _without(cpp, frozenset(lacks))
     given = {"triton": triton, "cpp": cpp, "reference": reference}
     TABLE[name] = Op(name, {key: function for key, function in given.items() if function},
                      lacks, on_cuda, compiled)
     return TABLE[name]
+
+
+def _without(function: Callable[..., Any], options: frozenset[str]) -> Callable[..., Any]:
+    """The function, for calls that spell out options it lacks at their defaults."""
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{k: v for k, v in kwargs.items() if k not in options})
+
+    return call
 
 
 def face(kernel: Callable[P, R], *, cpp: Callable[..., Any] | None = None,
