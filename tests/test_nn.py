@@ -14,7 +14,7 @@ REFUSED = [
     (lambda: fnn.Embedding(4, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
     (lambda: fnn.Dropout(0.1, inplace=True), "inplace"),
     (lambda: fnn.GeGLU("sigmoid"), "approximate"),
-    (lambda: fnn.SwiGLU()(torch.ones(2, 3)), "cannot hold gate and up"),
+    (lambda: fnn.SwiGLU()(torch.ones(2, 3)), "swiglu"),
     (lambda: fnn.CrossEntropyLoss(size_average=True), "size_average"),
     (lambda: fnn.CrossEntropyLoss()(torch.ones(2, 3), torch.ones(2, 3)), "probabilities"),
     (lambda: fnn.CrossEntropyLoss()(torch.ones(2, 3), torch.ones(3).long()), "wants a target"),
@@ -115,7 +115,7 @@ def test_dropout():
     torch.manual_seed(0)
     drop, x, residual = fnn.Dropout(0.25), torch.ones(64, 64), torch.full((64, 64), 2.0)
     y = drop(x)
-    assert set(y.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
     assert (y == 0).float().mean() == pytest.approx(0.25, abs=0.02)
     assert not torch.equal(y, drop(x)), "each call draws anew"
     torch.manual_seed(0)

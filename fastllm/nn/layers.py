@@ -12,7 +12,7 @@ class SwiGLU(torch.nn.Module):
     """silu(gate) * up; called with both, or with one tensor (..., 2 F) that holds gate, then up."""
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        return ops.swiglu(*_halves(self, gate, up))
+        return ops.swiglu(gate, up)
 
 
 class GeGLU(torch.nn.Module):
@@ -22,21 +22,13 @@ class GeGLU(torch.nn.Module):
         super().__init__()
         if approximate not in ("none", "tanh"):
             raise ValueError(f'GeGLU: approximate is "none" or "tanh", not {approximate!r}')
-        self.approximate = approximate
+        self.approximate: Any = approximate
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        return ops.geglu(*_halves(self, gate, up), approximate=self.approximate)
+        return ops.geglu(gate, up, approximate=self.approximate)
 
     def extra_repr(self) -> str:
         return f"approximate={self.approximate!r}"
-
-
-def _halves(module: torch.nn.Module, gate: Tensor, up: Tensor | None) -> tuple[Tensor, ...]:
-    if up is not None:
-        return gate, up
-    if gate.shape[-1] % 2:
-        raise ValueError(f"{type(module).__name__}: {tuple(gate.shape)} cannot hold gate and up")
-    return gate.chunk(2, -1)
 
 
 class Embedding(torch.nn.Embedding):

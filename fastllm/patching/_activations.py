@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,24 @@ from fastllm.patching._instance import Replacement, method_of
 SEPARATE = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 PACKED = (("gate_up_proj", "down_proj"),)
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
-Gate = Callable[[Tensor, Tensor], Tensor]
+TANH: Any = {"approximate": "tanh"}
 
 
-def _geglu_none(gate: Tensor, up: Tensor) -> Tensor:
-    return ops.geglu(gate, up)
+class Gate(NamedTuple):
+    """A gated unit's op, and the op that multiplies its result by a weight as well."""
+
+    by: str
+    unit: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
 
 
-def _geglu_tanh(gate: Tensor, up: Tensor) -> Tensor:
-    return ops.geglu(gate, up, approximate="tanh")
+# By activation, as torch computes it.
+GATES: tuple[tuple[Callable[[Tensor], Tensor], Gate], ...] = (
+    (F.silu, Gate("ops.swiglu", ops.swiglu, ops.swiglu_linear)),
+    (F.gelu, Gate("ops.geglu", ops.geglu, ops.geglu_linear)),
+    (partial(F.gelu, **TANH), Gate('ops.geglu(approximate="tanh")', partial(ops.geglu, **TANH),
+                                   partial(ops.geglu_linear, **TANH))),
+)
 
 
 def find(module: nn.Module) -> Replacement | str | None:
@@ -43,7 +52,7 @@ def _mlp(module: nn.Module, names: tuple[str, ...], act: str) -> Replacement | s
     gate = _gate_of(getattr(module, act), module)
     if isinstance(gate, str):
         return gate
-    function = (_packed if len(names) == 2 else _separate)(gate[0], *names)
+    function = (_packed if len(names) == 2 else _separate)(gate, *names)
     width = getattr(getattr(module, names[0]), "in_features", 0)
     like = _check.first(module)
     if not width or like is None:
@@ -53,43 +62,49 @@ def _mlp(module: nn.Module, names: tuple[str, ...], act: str) -> Replacement | s
         _check.same(partial(function, module), partial(type(module).forward, module), [x])
     except _check.Differs as error:
         return str(error)
-    return Replacement(function, gate[1], method_of(module))
+    return Replacement(function, gate.by, method_of(module))
 
 
-def _gate_of(act: Callable[[Tensor], Tensor], module: nn.Module) -> tuple[Gate, str] | str:
+def _gate_of(act: Callable[[Tensor], Tensor], module: nn.Module) -> Gate | str:
     """The op whose gate is this activation, judged by its values."""
     like = _check.first(module)
     x = torch.linspace(-8, 8, 257, device=like.device if like is not None else "cpu")
-    for theirs, op, by in ((F.silu, ops.swiglu, "ops.swiglu"),
-                           (F.gelu, _geglu_none, "ops.geglu"),
-                           (partial(F.gelu, approximate="tanh"), _geglu_tanh,
-                            'ops.geglu(approximate="tanh")')):
+    for theirs, gate in GATES:
         try:
             _check.agree("its activation", act(x), theirs(x))
         except _check.Differs:
             continue
-        return op, by
+        return gate
     return f"its activation {type(act).__name__} is neither SiLU nor GELU"
 
 
-def _separate(op: Gate, gate: str, up: str, down: str) -> Callable[..., Tensor]:
+def _separate(ops: Gate, gate: str, up: str, down: str) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        h = op(getattr(self, gate)(hidden_states), getattr(self, up)(hidden_states))
-        return getattr(self, down)(h)
+        return _product(ops, getattr(self, down), getattr(self, gate)(hidden_states),
+                        getattr(self, up)(hidden_states))
 
     def t5(self: Any, hidden_states: Tensor) -> Tensor:
-        h = self.dropout(op(self.wi_0(hidden_states), self.wi_1(hidden_states)))
+        h = self.dropout(ops.unit(self.wi_0(hidden_states), self.wi_1(hidden_states)))
         dtype = self.wo.weight.dtype  # kept in float32 in half-precision models, see T5's own
         return self.wo(h if h.dtype == dtype or dtype == torch.int8 else h.to(dtype))
 
     return t5 if down == "wo" else forward
 
 
-def _packed(op: Gate, both: str, down: str) -> Callable[..., Tensor]:
+def _packed(ops: Gate, both: str, down: str) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        return getattr(self, down)(op(*getattr(self, both)(hidden_states).chunk(2, -1)))
+        return _product(ops, getattr(self, down), getattr(self, both)(hidden_states), None)
 
     return forward
+
+
+def _product(ops: Gate, down: Any, gate: Tensor, up: Tensor | None) -> Tensor:
+    """down(unit(gate, up)). Where down is trained, the unit's result would be kept for that: then
+    one op makes it again in its backward."""
+    if _check.bare(down) and "forward" not in vars(down) and down.bias is None and (
+            down.weight.requires_grad):
+        return ops.linear(gate, up, down.weight)
+    return down(ops.unit(gate, up))
 
 
 def _experts(module: nn.Module, act: str) -> Replacement | str | None:
@@ -102,10 +117,10 @@ def _experts(module: nn.Module, act: str) -> Replacement | str | None:
     gate = _gate_of(getattr(module, act), module)
     if isinstance(gate, str):
         return gate
-    op, by = gate
+    unit = gate.unit
 
     def function(self: Any, gate_up_out: Tensor) -> Tensor:
-        return op(*gate_up_out.chunk(2, -1))
+        return unit(gate_up_out)
 
     like = next(module.parameters())
     try:
@@ -113,4 +128,4 @@ def _experts(module: nn.Module, act: str) -> Replacement | str | None:
         _check.same(partial(function, module), partial(type(module)._apply_gate, module), [x])
     except _check.Differs as error:
         return str(error)
-    return Replacement(function, by, "_apply_gate")
+    return Replacement(function, gate.by, "_apply_gate")

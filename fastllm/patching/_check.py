@@ -68,3 +68,10 @@ def why_unreadable(module: nn.Module) -> str:
         if hasattr(parameter, "device_mesh"):
             return "its weights are sharded: patch before sharding"
     return ""
+
+
+def bare(linear: nn.Module) -> bool:
+    """Whether to multiply by a Linear's weight is to call it: no subclass, hook or shard."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+        or linear._backward_pre_hooks or hasattr(linear, "_hf_hook"))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 METHODS = ("forward", "_old_forward", "_apply_gate")
-MARK = "fastllm_op"
+MARK = "_fastllm"
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,15 @@ def own(module: nn.Module, method: str) -> Callable[..., Any]:
 
 def current(module: nn.Module) -> str:
     """The op that a replaced module runs; "" for one that is as its class made it."""
-    for method in METHODS:
-        mark = getattr(getattr(vars(module).get(method), "__func__", None), MARK, "")
-        if mark:
-            return mark
-    return ""
+    return next((mark.by for method in METHODS if (mark := _mark(module, method)) and mark.by), "")
+
+
+def _mark(module: nn.Module, method: str) -> "Replacement | None":
+    """What `put` left at a method; wrappers of the function, which copy its attributes, are not
+    it."""
+    function = getattr(vars(module).get(method), "__func__", None)
+    mark = getattr(function, MARK, None)
+    return mark if mark is not None and mark.function is function else None
 
 
 def foreign(module: nn.Module, method: str) -> bool:
@@ -52,7 +56,7 @@ def foreign(module: nn.Module, method: str) -> bool:
 
 
 def put(module: Any, replacement: Replacement) -> None:
-    setattr(replacement.function, MARK, replacement.by)
+    setattr(replacement.function, MARK, replacement)
     replacement.function.__name__ = replacement.method
     setattr(module, replacement.method, MethodType(replacement.function, module))
     for other, its in replacement.others:
@@ -63,7 +67,7 @@ def take_back(module: Any) -> bool:
     """Undo `put`; whether there was an op to undo."""
     found = bool(current(module))
     for method in METHODS:
-        if hasattr(getattr(vars(module).get(method), "__func__", None), MARK):
+        if _mark(module, method):
             if method == "_old_forward":
                 module._old_forward = own(module, method)
             else:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastllm.patching import _check
 from fastllm.patching._instance import Replacement, foreign, method_of, own
@@ -22,18 +22,11 @@ def find(module: Any) -> Replacement | str | None:
     head = module.get_output_embeddings()
     if head is None:
         return None
-    if type(head) is not nn.Linear or foreign(head, "forward") or not _bare(head):
+    if foreign(head, "forward") or not _check.bare(head):
         kind = f"{type(head).__module__}.{type(head).__name__}"
         return f"its head, a {kind}, is not a torch Linear without hooks"
     model, of_head = _forwards(forward)
     return Replacement(model, BY, method_of(module), others=((head, Replacement(of_head, "")),))
-
-
-def _bare(head: nn.Linear) -> bool:
-    """Whether to multiply by the head's weight is to call it: no hooks, nothing sharded."""
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks,
-             head._backward_pre_hooks)
-    return not any(hooks) and type(head.weight) is nn.Parameter and not hasattr(head, "_hf_hook")
 
 
 def _forwards(original: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -51,7 +44,9 @@ def _forwards(original: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
             lazy[0] = False
 
     def head_forward(self: Any, input: Tensor) -> Any:
-        return LazyLogits(input, self) if lazy[0] and _bare(self) else own(self, "forward")(input)
+        if lazy[0] and _check.bare(self):
+            return LazyLogits(input, self)
+        return own(self, "forward")(input)
 
     # Trainers read the names of the arguments; __wrapped__ would let accelerate unwrap too far.
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -59,7 +54,7 @@ def _forwards(original: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
     return forward, head_forward
 
 
-def compare(module: nn.Module, run: Callable[[], Any]) -> str:
+def compare(module: Any, run: Callable[[], Any]) -> str:
     """Why the fused loss cannot stand for the module's own; empty where they agree.
 
     run: a forward of the model on sample ids with labels. `training` is set for this one module,
@@ -69,7 +64,8 @@ def compare(module: nn.Module, run: Callable[[], Any]) -> str:
         theirs = run().loss
         module.training = True
         ours = run().loss
-        _check.agree("its loss", ours, theirs)
+        dtype = module.get_output_embeddings().weight.dtype
+        _check.agree("its loss", ours.to(dtype), theirs.to(dtype))
     except _check.Differs as error:
         return str(error)
     except Exception as error:
