@@ -104,7 +104,8 @@ def _mend_arithmetic() -> None:
 
 def _mend_launches() -> None:
     stock_convert, stock_patch = interpreter._implicit_cvt, interpreter._patch_lang_tensor
-    stock_launch = interpreter.GridExecutor.__call__
+    stock_launch, stock_language = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
 
     def implicit_convert(argument: Any) -> Any:
         if isinstance(argument, float):
@@ -118,11 +119,22 @@ def _mend_launches() -> None:
         return result
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
         # exp overflowing to infinity is ordinary in a kernel: a GPU does not warn of it either.
         with np.errstate(all="ignore"):
             return stock_launch(self, *args, **kwargs)
 
+    def patch_language(function: Any) -> Any:
+        # The language stays patched for all of a launch; the interpreter goes through it again at
+        # every call of a device function, for a third of the time.
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return stock_language(function)
+
     interpreter.GridExecutor.__call__ = launch
+    interpreter._patch_lang = patch_language
     interpreter._implicit_cvt = implicit_convert
     interpreter._patch_lang_tensor = patch_lang_tensor
 
