@@ -51,7 +51,7 @@ from fastllm.kernels._spec import Kernel, kernels  # noqa: E402
 
 GOLDEN = ROOT / "bench" / "results" / "audit" / f"triton-{triton.__version__}.json"
 ARCHITECTURES = (80, 90, 100)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Of each multiprocessor (CUDA C Programming Guide, compute capabilities).
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
@@ -140,8 +140,9 @@ def examine(function: JITFunction, args: tuple, kwargs: dict, arch: int) -> dict
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True,
-                                      check=True).stdout for flag in ("-res-usage", "-sass"))
+        usage, code = (subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True,
+                                      text=True, check=True).stdout for tool, *flags in (
+            ("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf")))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     registers, stack = int(found[1]), int(found[2])
     ttir, metadata = compiled.asm["ttir"], compiled.metadata

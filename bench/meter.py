@@ -50,7 +50,9 @@ class Touched:
         numbers = [first] if first == last else np.unique(addresses // PAGE).tolist()
         for number in numbers:
             inside = addresses if len(numbers) == 1 else addresses[addresses // PAGE == number]
-            marks = self.pages.setdefault(number, np.zeros(PAGE, np.uint8)).view(f"u{size}")
+            if number not in self.pages:
+                self.pages[number] = np.zeros(PAGE, np.uint8)
+            marks = self.pages[number].view(f"u{size}")
             marks[(inside % PAGE) // size] = np.iinfo(marks.dtype).max
 
     def count(self) -> int:
