@@ -8,8 +8,6 @@ from pathlib import Path
 import kernel_check as kc
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -47,40 +45,18 @@ def test_empty(kernel, backend):
         kc.check(kernel, kc.op_of(kernel, backend), kc.make(kernel, shape, torch.float32))
 
 
-def strided(t):
-    """Every dimension's stride doubled."""
-    big = t.new_empty([2 * n for n in t.shape])
-    return big[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
-
-
-def permuted(t):
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def padded(t):
-    """Rows further apart than they are long, as in a slice of a wider matrix."""
-    return t.new_empty((*t.shape[:-1], t.shape[-1] + 3))[..., 1:-2].copy_(t)
-
-
-def expanded(t):
-    return t[:1].expand_as(t) if t.dim() > 1 else t
-
-
-LAYOUTS = {"strided": strided, "permuted": permuted, "padded": padded, "expanded": expanded}
-
-
 @pytest.mark.parametrize(("kernel", "backend"), [case for case in kc.CASES if not case[0].mutates],
                          ids=[i for i, case in zip(kc.IDS, kc.CASES, strict=True)
                               if not case[0].mutates])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", kc.LAYOUTS)
 def test_layouts(kernel, backend, layout):
     """Any strides of the inputs and of the upstream gradients give what contiguous ones give."""
     call = kc.make(kernel, middle(kernel), torch.float32)
-    laid = call.map(LAYOUTS[layout])
+    laid = call.map(kc.LAYOUTS[layout])
     op = kc.op_of(kernel, backend)
     kc.check(kernel, op, laid)
     plain = kc.run(kernel, op, call)
-    again = kc.run(kernel, op, kc.clone(call), change=LAYOUTS["strided"])
+    again = kc.run(kernel, op, kc.clone(call), change=kc.LAYOUTS["strided"])
     kc.judge(again, plain, [t.double() for t in plain])
 
 
@@ -89,7 +65,7 @@ def test_layouts(kernel, backend, layout):
                               if case[0].mutates])
 def test_a_strided_result_is_refused(kernel, backend):
     call = kc.make(kernel, middle(kernel), torch.float32).map(
-        lambda t: strided(t) if t.dim() else t)
+        lambda t: kc.strided(t) if t.dim() else t)
     with pytest.raises(ValueError, match="contiguous"):
         kc.run(kernel, kc.op_of(kernel, backend), call)
 
@@ -231,22 +207,3 @@ def test_the_judge_rejects_wrong_kernels(kernel):
 
         with pytest.raises(AssertionError):
             kc.check(kernel, tilted, kc.clone(call))
-
-
-@by_case
-@settings(max_examples=12, deadline=None, derandomize=True, database=None,
-          suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_properties(kernel, backend, data):
-    """Shapes, types, options and layouts drawn together agree with the truth."""
-    axes = [st.sampled_from(sorted({shape[i] for shape in kernel.test_shapes}))
-            for i in range(len(kernel.axes))]
-    shape = data.draw(st.tuples(*axes).filter(lambda s: torch.Size(s).numel() <= 40_000))
-    dtype = data.draw(st.sampled_from(kernel.dtypes))
-    options = data.draw(st.sampled_from([{}, *kernel.variants.values()]))
-    layout = data.draw(st.sampled_from([lambda t: t, padded]))
-    call = kc.make(kernel, shape, dtype, draw=data.draw(st.integers(0, 1 << 20)), **options)
-    if not kernel.mutates:
-        call = call.map(lambda t: layout(t) if t.dim() > 1 else t)
-    if kc.takes(kernel, backend, call):
-        kc.check(kernel, kc.op_of(kernel, backend), call)

@@ -123,3 +123,25 @@ def check(kernel: Kernel, function: Callable[..., Any], call: Call) -> None:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)) and torch.equal(
         a.isnan(), b.isnan())
+
+
+def strided(t):
+    """Every dimension's stride doubled."""
+    big = t.new_empty([2 * n for n in t.shape])
+    return big[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+
+def permuted(t):
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def padded(t):
+    """Rows further apart than they are long, as in a slice of a wider matrix."""
+    return t.new_empty((*t.shape[:-1], t.shape[-1] + 3))[..., 1:-2].copy_(t)
+
+
+def expanded(t):
+    return t[:1].expand_as(t) if t.dim() > 1 else t
+
+
+LAYOUTS = {"strided": strided, "permuted": permuted, "padded": padded, "expanded": expanded}
