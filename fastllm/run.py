@@ -31,7 +31,7 @@ from fastllm.model import Decoder, ModelConfig, flops_per_token, num_parameters
 from fastllm.monitor import dtype_name, environment, peak_flops, pick_dtype
 from fastllm.objectives import pretrain as objective
 from fastllm.objectives.pretrain import PretrainConfig
-from fastllm.optim import AdamW, LossScaler, OptimConfig, ScheduleConfig, describe
+from fastllm.optim import LossScaler, OptimConfig, ScheduleConfig, describe, make_optimizer
 from fastllm.report import write_report
 from fastllm.trainer import TrainConfig, Trainer
 
@@ -135,9 +135,9 @@ class _Run:
         if settings.eval.every > 0 and not evaluates:
             print("nothing is held out (data.holdout is 0 or there is one document): no evaluation")
         self.trainer = Trainer(
-            model=self.model, optimizer=AdamW(self.model.named_parameters(), settings.optim,
-                                              seed=train.seed),
-            loader=self.loader, total_steps=self.total_steps,
+            model=self.model, loader=self.loader, total_steps=self.total_steps,
+            optimizer=make_optimizer(self.model.named_parameters(), settings.optim,
+                                     seed=train.seed),
             loss=partial(objective.loss, config=settings.loss), train=train,
             schedule=settings.schedule, checkpoints=settings.checkpoint,
             folder=folder / "checkpoints", device=device,

@@ -26,7 +26,7 @@ from fastllm.data.collate import Batch
 from fastllm.data.loader import Loader
 from fastllm.model import Decoder
 from fastllm.monitor import Monitor
-from fastllm.optim import AdamW, GradAccumulator, LossScaler, ScheduleConfig, lr_at
+from fastllm.optim import GradAccumulator, LossScaler, Optimizer, ScheduleConfig, lr_at
 
 # A run that skips this many steps in a row will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 25
@@ -81,7 +81,7 @@ class Trainer:
     peak_flops: of the device in the dtype of training, for MFU.
     """
 
-    def __init__(self, *, model: Decoder, optimizer: AdamW, loader: Loader, total_steps: int,
+    def __init__(self, *, model: Decoder, optimizer: Optimizer, loader: Loader, total_steps: int,
                  loss: Callable[[Any, Batch], tuple[Tensor, int]], train: TrainConfig,
                  schedule: ScheduleConfig, checkpoints: CheckpointConfig, folder: Path,
                  device: torch.device, callbacks: Sequence[Callback] = (),

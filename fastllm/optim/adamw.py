@@ -1,198 +1,64 @@
-"""AdamW over all parameters of a model: unscale, clip, update and write-back in one pass.
+"""AdamW (Loshchilov & Hutter 2019), with moments in fp32 or in 8 bits, and LAMB."""
 
-The update of Loshchilov & Hutter 2019 (decoupled weight decay), in fp32 whatever the dtype of the
-parameters. bf16 and fp16 parameters have an fp32 master beside them; bf16 ones may instead be
-rounded stochastically, without a master.
-"""
-
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fastllm import ops
-from fastllm.config import UserError
-from fastllm.optim.groups import param_groups
+from fastllm.kernels import _block8 as block8
+from fastllm.optim.base import Optimizer, Share, zeros
+from fastllm.optim.config import OptimConfig
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    """Peak learning rate; the schedule multiplies it."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Decay of the running mean of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled; never on norms and biases."""
-    decay_embeddings: bool = True
-    """Whether weight decay touches embeddings."""
-    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest global L2 norm of the gradient; none: no clipping."""
-    stochastic_rounding: bool = False
-    """bf16 parameters without fp32 masters: 4 bytes a parameter less."""
+SMALL = 4096  # elements: the moments of smaller tensors stay in fp32
 
 
-class AdamW:
-    """AdamW with global-norm clipping, fp32 masters, and a gate against non-finite gradients.
-
-    named_parameters: those with requires_grad are optimized; contiguous, fp32, bf16 or fp16, all on
-    one device. Masters are copies made here: build the optimizer after the weights are loaded, or
-    call `sync_masters`.
-    seed: of stochastic rounding, which depends on it, on the step and on an element's place among
-    all parameters in the given order; not on threads, groups or splits.
-
-    A step is `norm = step(lr, gradients)` and, when the host has read the norm, `applied(finite)`.
-    Where the norm is not finite, `step` leaves weights and states bitwise as they were: the device
-    decides that by itself. The host learns of it from the norm, and `applied(False)` keeps the step
-    from counting in the bias correction.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig, *,
-                 seed: int = 0) -> None:
-        self.config, self.seed = config, seed
-        self.groups = param_groups(named_parameters, config.weight_decay,
-                                   decay_embeddings=config.decay_embeddings)
-        ordered = sorted((position, name, param) for group in self.groups for position, name, param
-                         in zip(group.positions, group.names, group.params, strict=True))
-        self.names = [name for _, name, _ in ordered]
-        self._params = [param for _, _, param in ordered]
-        for name, param in zip(self.names, self._params, strict=True):
-            self._check(name, param)
-        self.offsets = _offsets(self._params)
-        self.exp_avgs = [_zeros(param) for param in self._params]
-        self.exp_avg_sqs = [_zeros(param) for param in self._params]
-        self.masters = [self._master(param) for param in self._params]
-        self.steps = 0
-        """Steps that changed the weights."""
-        self._unsettled = False
-
-    def parameters(self) -> list[Tensor]:
-        """The optimized parameters, in the order of `gradients`."""
-        return list(self._params)
-
-    @torch.no_grad()
-    def step(self, lr: float, gradients: Sequence[Tensor | None] | None = None, *,
-             unscale: float = 1.0) -> Tensor:
-        """One update; returns the global L2 norm of the gradients times `unscale`, 0-d fp32.
-
-        gradients: one for each of `parameters()`, fp32 or 16-bit, left unchanged; None leaves its
-        parameter alone. By default every `param.grad`.
-        unscale: multiplies every gradient first (1 / loss scale).
-        Raises RuntimeError if `applied` was not called since the last step.
-        """
-        if self._unsettled:
-            raise RuntimeError("call AdamW.applied(finite) after every step: the bias correction "
-                               "counts the steps that changed the weights")
-        given = [param.grad for param in self._params] if gradients is None else gradients
-        if len(given) != len(self._params):
-            raise ValueError(f"expected {len(self._params)} gradients, one per parameter, found "
-                             f"{len(given)}")
-        grads = {i: grad.contiguous() for i, grad in enumerate(given) if grad is not None}
-        if not grads:
-            raise ValueError("no parameter has a gradient: call backward before step")
-        norm = ops.grad_norm(list(grads.values())) * unscale
-        grad_scale = self._grad_scale(norm, unscale)
-        beta1, beta2 = self.config.betas
-        for group in self.groups:
-            at = [i for i in group.positions if i in grads]
-            if at:
-                ops.adamw_step(
-                    [self._params[i] for i in at], [grads[i] for i in at],
-                    [self.exp_avgs[i] for i in at], [self.exp_avg_sqs[i] for i in at],
-                    [self.masters[i] for i in at], lr=lr, beta1=beta1, beta2=beta2,
-                    eps=self.config.eps, weight_decay=group.weight_decay, step=self.steps + 1,
-                    grad_scale=grad_scale, stochastic_rounding=self.config.stochastic_rounding,
-                    seed=self.seed, offsets=[self.offsets[i] for i in at])
-        self._unsettled = True
-        return norm
-
-    def applied(self, finite: bool) -> None:
-        """Settle the last step: `finite` is whether its norm was finite, so that it took place."""
-        self.steps += finite
-        self._unsettled = False
-
-    @torch.no_grad()
-    def sync_masters(self) -> None:
-        """Take the parameters' present values as the masters, after weights were loaded."""
-        for param, master in zip(self._params, self.masters, strict=True):
-            if master is not None:
-                master.copy_(param)
-
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by name, counters ready for JSON). The tensors are the live ones, not copies."""
-        tensors: dict[str, Tensor] = {}
-        for i, name in enumerate(self.names):
-            tensors[f"exp_avg.{name}"] = self.exp_avgs[i]
-            tensors[f"exp_avg_sq.{name}"] = self.exp_avg_sqs[i]
-            master = self.masters[i]
-            if master is not None:
-                tensors[f"master.{name}"] = master
-        return tensors, {"name": self.config.name, "steps": self.steps, "seed": self.seed}
-
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Undo of `state_dict`, bit for bit.
-
-        Raises UserError naming the first tensor that is missing, unknown or of another shape or
-        dtype; nothing is changed then.
-        """
-        own, _ = self.state_dict()
-        for name in [*own, *tensors]:
-            if name not in tensors or name not in own:
-                where = "the saved state" if name not in tensors else "this run"
-                raise UserError(f"optimizer state {name} is not in {where}: the model, the dtype "
-                                "or optim.stochastic-rounding differ from the saved run's")
-            mine, saved = own[name], tensors[name]
-            if mine.shape != saved.shape or mine.dtype != saved.dtype:
-                raise UserError(f"optimizer state {name} is {saved.dtype} {tuple(saved.shape)} in "
-                                f"the saved run and {mine.dtype} {tuple(mine.shape)} here")
-        for name, mine in own.items():
-            mine.copy_(tensors[name])
-        self.steps, self.seed = int(counters["steps"]), int(counters["seed"])
-        self._unsettled = False
-
-    def _grad_scale(self, norm: Tensor, unscale: float) -> Tensor:
-        """unscale times the clip coefficient, on the device; NaN if the norm is not finite."""
-        scale = torch.full_like(norm, unscale)
-        if self.config.grad_clip is not None:
-            # The small term is torch.nn.utils.clip_grad_norm_'s.
-            scale = scale * (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        # An infinite norm would clip to zero and pass for a finite step.
-        return torch.where(norm.isfinite(), scale, math.nan)
-
-    def _master(self, param: Tensor) -> Tensor | None:
-        if param.dtype == torch.float32 or self.config.stochastic_rounding:
-            return None
-        return param.detach().to(torch.float32, copy=True)
-
-    def _check(self, name: str, param: Tensor) -> None:
-        if param.dtype not in DTYPES:
-            raise ValueError(f"{name} is {param.dtype}: AdamW takes float32, bfloat16 or float16")
-        if self.config.stochastic_rounding and param.dtype == torch.float16:
-            raise ValueError(f"{name} is torch.float16: stochastic rounding is for bfloat16")
-        if not param.is_contiguous():
-            raise ValueError(f"{name} {tuple(param.shape)} has strides {param.stride()}: AdamW "
-                             "takes contiguous parameters")
+def _adam(config: OptimConfig) -> dict[str, Any]:
+    assert config.betas is not None
+    return {"beta1": config.betas[0], "beta2": config.betas[1], "eps": config.eps}
 
 
-def _zeros(param: Tensor) -> Tensor:
-    return torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+class AdamW(Optimizer):
+    """AdamW with decoupled weight decay; 8 bytes of states an element."""
+
+    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        return zeros(param, "exp_avg", "exp_avg_sq")
+
+    def update(self, share: Share) -> None:
+        ops.adamw_step(share.params, share.grads, share.state("exp_avg"),
+                       share.state("exp_avg_sq"), share.masters, **_adam(self.config),
+                       **share.options)
 
 
-def _offsets(params: Sequence[Tensor]) -> list[int]:
-    """Each parameter's first global element index."""
-    found, total = [], 0
-    for param in params:
-        found.append(total)
-        total += param.numel()
-    return found
+class AdamW8bit(AdamW):
+    """AdamW with 8-bit moments and a scale for 256 of them; 2 bytes and 1/32 an element."""
+
+    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        if param.numel() < SMALL:
+            return super().new_states(name, param)
+        blocks = block8.blocks(param.numel())
+        return {"exp_avg": torch.zeros_like(param, dtype=torch.int8),
+                "exp_avg_sq": torch.zeros_like(param, dtype=torch.uint8),
+                "exp_avg_scale": torch.zeros(blocks, device=param.device),
+                "exp_avg_sq_scale": torch.zeros(blocks, device=param.device)}
+
+    def update(self, share: Share) -> None:
+        coded, wide = share.split(["exp_avg_scale" in states for states in share.states])
+        if wide.params:
+            super().update(wide)
+        if coded.params:
+            ops.adamw_step(coded.params, coded.grads, coded.state("exp_avg"),
+                           coded.state("exp_avg_sq"), coded.masters, **_adam(self.config),
+                           **coded.options, exp_avg_scales=coded.state("exp_avg_scale"),
+                           exp_avg_sq_scales=coded.state("exp_avg_sq_scale"))
+
+
+class LAMB(AdamW):
+    """LAMB (You et al. 2020) for parameters with weight decay, AdamW for norms and biases."""
+
+    def update(self, share: Share) -> None:
+        if share.group.name != "decay":
+            return super().update(share)
+        ops.lamb_step(share.params, share.grads, share.state("exp_avg"),
+                      share.state("exp_avg_sq"), share.masters, **_adam(self.config),
+                      **share.options)

@@ -114,7 +114,7 @@ def test_clipping_is_torchs():
         torch.testing.assert_close(norm, expected)
     # Adam is blind to the scale of its gradients but for their ratios between steps, so also look
     # at the first moment, which is not.
-    assert opt.exp_avgs[0].norm() < 0.5
+    assert opt.states[0]["exp_avg"].norm() < 0.5
     for name, p in params.items():
         torch.testing.assert_close(p, peer[name], rtol=1e-5, atol=1e-6)
 
