@@ -33,6 +33,7 @@ FORWARD_PROGRAMS = 4  # on each multiprocessor; half as many where each reads a 
 PARTIALS = 256
 ROWS_A_PARTIAL = 32  # with fewer, a program's partial sums would be over 5 % of what it streams
 SHARED = 1 << 16  # bytes of shared memory for tiles on their way: within any GPU's since 2020
+NARROW = {"_gather_kernel": "a program writes a few elements of a vector's gradient, one a thread"}
 
 
 @jit
