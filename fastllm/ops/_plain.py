@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastllm import cpu
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
+from fastllm.kernels._cross_entropy import Options
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
@@ -53,16 +54,29 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
     return out.transpose(1, 2)
 
 
-def _cpp_losses(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float,
-                z_loss: float, softcap: float | None) -> Tensor:
-    return torch.ops.fastllm_cpu.cross_entropy(
-        logits, labels, ignore_index, label_smoothing, z_loss, softcap or 0.0)[0]
+def _cpp_options(options: Options) -> tuple[int, float, float, float]:
+    ignore_index, label_smoothing, z_loss, softcap, _ = options
+    return ignore_index, label_smoothing, z_loss, softcap or 0.0
 
 
-def _cpp_overwrite(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float,
-                   z_loss: float, softcap: float | None) -> Tensor:
-    return torch.ops.fastllm_cpu.cross_entropy_with_gradient_(
-        logits, labels, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+def _cpp_rows(losses: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses with neither statistics nor metrics, which the C++ loss has not."""
+    return losses, losses, losses, losses
+
+
+def _cpp_losses(logits: Tensor, labels: Tensor, ce_weight: None, watch: bool,
+                options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _cpp_rows(torch.ops.fastllm_cpu.cross_entropy(
+        logits, labels, *_cpp_options(options))[0])
+
+
+def _cpp_overwrite(logits: Tensor, labels: Tensor, ce_weight: None, upstream: Tensor | None,
+                   watch: bool, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses = torch.ops.fastllm_cpu.cross_entropy_with_gradient_(
+        logits, labels, *_cpp_options(options))
+    if upstream is not None and (upstream.dim() or upstream != 1):
+        logits *= upstream[:, None] if upstream.dim() else upstream
+    return _cpp_rows(losses)
 
 
 def _cpp_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -75,4 +89,4 @@ def _cpp_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 _linear_cross_entropy.PARTS["cpp"] = _linear_cross_entropy.Parts(
-    _cpp_losses, _cpp_overwrite, _cpp_matmul)
+    _cpp_losses, _cpp_overwrite, matmul=_cpp_matmul)
