@@ -224,11 +224,16 @@ def _gather_kernel(partial, q_grad, k_grad, programs, DIM: tl.constexpr, ROWS: t
 
 
 def _shape(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
-    """What shapes say to both kernels, for q, k (B, S, heads, D)."""
+    """What shapes say to both kernels, for q, k (B, S, heads, D).
+
+    At 128 registers four programs share a multiprocessor, and nothing spills; without a number the
+    assembler sometimes spills a few to fit one more. Partial rotation holds twice the tiles.
+    """
     half = cos.shape[-1]
     rest = q.shape[-1] // 2 - half
     return {"Q_HEADS": q.shape[2], "K_HEADS": k.shape[2], "HALF": half, "REST": rest,
-            "REST_BLOCK": next_power_of_2(rest), **rotary.tiles(q, k, half)}
+            "REST_BLOCK": next_power_of_2(rest), **rotary.tiles(q, k, half),
+            "maxnreg": 255 if rest else 128}
 
 
 @torch.library.custom_op("fastllm::qk_norm_rope", mutates_args=())
