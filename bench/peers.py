@@ -256,8 +256,11 @@ def prepare(kernel: Kernel, call: Call, name: str) -> Forward | None:
     peer = {"liger": LIGER if _liger() else {}, "torch fused": TORCH}[name].get(kernel.name)
     if peer is None:
         return None
+    defaults = inspect.signature(kernel.public).parameters
+    options = {name: value for name, value in call.kwargs.items()
+               if isinstance(value, Tensor) or value != defaults[name].default}
     try:
-        inspect.signature(peer).bind(*call.args, **call.kwargs)
+        inspect.signature(peer).bind(*call.args, **options)
     except TypeError:  # an option that the contender has not
         return None
-    return peer(*call.args, **call.kwargs)
+    return peer(*call.args, **options)

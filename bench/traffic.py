@@ -1,6 +1,6 @@
 """Count what every kernel of the registry moves, over the least it could, beside Liger-Kernel.
 
-    python bench/traffic.py [--kernel NAME ...] [--peers] [--check] [--out FILE]
+    python bench/traffic.py [--kernel NAME ...] [--peers] [--check]
 
 Runs on any machine, in Triton's interpreter (see meter.py), the same to the byte every time. For
 each kernel, plain and with each of its bench options, at its traffic shapes, in bfloat16: requested
@@ -103,9 +103,10 @@ def directions(case: Case) -> Iterator[dict[str, Any]]:
             torch.autograd.grad(outputs, call.differentiated(), upstream, allow_unused=True)
         found["backward"] = counted(meter)
     for direction, counts in found.items():
+        reasons = [kernel.above_floor.get(f"{case.options} {which}".strip(), "")
+                   for which in (direction, "forward and backward")]
         yield {**asdict(case), "dtype": str(dtype)[6:], "direction": direction,
-               "bound": kernel.bound, "above_floor": kernel.above_floor.get(
-                   f"{case.options} {direction}".strip(), ""), **counts,
+               "bound": kernel.bound, "above_floor": next(filter(None, reasons), ""), **counts,
                "floor_bytes": kernel.floor_bytes(case.shape, dtype, direction, **options),
                "floor_flops": kernel.floor_flops(case.shape, dtype, direction, **options)}
 
