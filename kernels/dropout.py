@@ -49,7 +49,7 @@ def reference(x: Tensor, p: float = 0.5, *, residual: Tensor | None = None, trai
     _check(x, p, residual)
     if not training or p == 0:
         return _whole(x, residual)
-    wide = x.to(compute_dtype(x)) * _scale(p)
+    wide = x.to(compute_dtype(x)) / (1 - p or 1.0)  # at p = 1 nothing is left to divide
     wide = torch.where(kept(x.shape, p, _drawn(seed, x.device)), wide, 0)
     return wide.to(x.dtype) if residual is None else (residual + wide).to(residual.dtype)
 
@@ -75,10 +75,6 @@ def _drawn(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 def _whole(x: Tensor, residual: Tensor | None) -> Tensor:
     return x if residual is None else (residual + x).to(residual.dtype)
-
-
-def _scale(p: float) -> float:
-    return 1 / (1 - p) if p < 1 else 0.0
 
 
 @jit
@@ -122,7 +118,7 @@ def _dropout(x: Tensor, residual: Tensor | None, seed: Tensor, p: float,
         with torch.cuda.device_of(x):
             _kernel[(programs,)](
                 given, added, y, seed, *given.shape, *given.stride(), added.stride(0),
-                last(p), _scale(p), RESIDUAL=residual is not None, **launch)
+                last(p), 1 / (1 - p or 1.0), RESIDUAL=residual is not None, **launch)
     return y
 
 

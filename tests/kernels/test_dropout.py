@@ -92,12 +92,13 @@ def test_layout_and_shape_change_nothing():
         assert torch.equal(ops.dropout(x, 0.4, seed=3).flatten().cpu() != 0, wanted)
 
 
-def test_the_gradient_is_dropped_where_the_element_was():
+@pytest.mark.parametrize(("p", "kept"), [(0.5, 2.0), (0.2, 1.25), (0.75, 4.0)])
+def test_the_gradient_is_dropped_where_the_element_was(p, kept):
     x = ones(6, 40)
-    y = ops.dropout(x, 0.5)
+    y = ops.dropout(x, p)
     y.sum().backward()
     assert torch.equal(y, x.grad)
-    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert set(y.unique().tolist()) == {0.0, kept}
 
 
 def test_a_drawn_seed_follows_torch():
