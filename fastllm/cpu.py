@@ -169,6 +169,17 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, position_ids: Tensor
     return turned[0].view(q.shape), turned[1].view(k.shape)
 
 
+def qk_norm_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+                 sin: Tensor, *, eps: float = 1e-6, offset: float = 0.0,
+                 position_ids: Tensor | None = None,
+                 cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of every head of q and k by weight + offset, then `rope`; rounded once."""
+    heads = [rms_norm(x.float(), weight.float() + offset if offset else weight.float(), eps)
+             for x, weight in ((q, q_weight), (k, k_weight))]
+    q_out, k_out = rope(*heads, cos, sin, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    return q_out.to(q.dtype), k_out.to(k.dtype)
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
