@@ -87,6 +87,35 @@ def test_frozen_vectors_get_no_gradient(module):
 
 
 @BOTH
+@pytest.mark.parametrize("hidden", [64, 8300])
+def test_strides_of_their_own(module, hidden):
+    """x, residual and both upstream gradients each lie at other distances."""
+    call = kc.make(module.KERNEL, (5, hidden), torch.float32, residual=True, prenorm=True)
+    apart = [0]
+
+    def wider(t):
+        if t.dim() < 2:
+            return t
+        apart[0] += 8
+        return t.new_zeros(t.shape[0], t.shape[1] + apart[0])[:, :t.shape[1]].copy_(t.detach())
+
+    truth = kc.run(module.KERNEL, module.reference, kc.upcast(call))
+    beside = kc.run(module.KERNEL, module.reference, kc.clone(call))
+    got = kc.run(module.KERNEL, module.KERNEL.public, call.map(wider), change=wider)
+    kc.judge(got, beside, truth)
+
+
+@BOTH
+@pytest.mark.parametrize("hidden", [64, 8300])
+def test_y_is_formed_from_what_was_kept(module, hidden):
+    """The norm of the rounded sum, which is what the backward knows, to the bit."""
+    call = kc.make(module.KERNEL, (5, hidden), torch.bfloat16, residual=True, prenorm=True)
+    y, h = module.KERNEL.public(*call.args, **call.kwargs)
+    assert torch.equal(h, call.args[0] + call.kwargs["residual"])
+    assert torch.equal(y, module.KERNEL.public(h, *call.args[1:], eps=call.kwargs["eps"]))
+
+
+@BOTH
 def test_only_the_sum_is_used(module):
     call = kc.make(module.KERNEL, (5, 64), torch.bfloat16, **STREAM)
     _, h = module.KERNEL.public(*call.args, **call.kwargs)
