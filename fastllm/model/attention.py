@@ -63,11 +63,12 @@ class Attention(nn.Module):
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))
         q, k, v = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin,
+                                    eps=self.q_norm.eps)
         else:
             # A view of v would keep the whole projection until the backward; q and k leave it here.
             v = v.contiguous()
-        q, k = ops.rope(q, k, cos, sin)
+            q, k = ops.rope(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         out = ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)

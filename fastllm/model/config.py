@@ -5,7 +5,7 @@ Fields bear the names of Hugging Face's config.json, so that a reader of one kno
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -13,7 +13,14 @@ from fastllm.config import UserError
 
 InitName = Literal["normal", "xavier", "kaiming"]
 Recompute = Literal["none", "selective", "full"]
-RopeType = Literal["default", "llama3"]
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+# The fields of RopeScaling that a type must have to be read from a file, and those it may have.
+ROPE_NEEDED = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+ROPE_FIELDS = {"default": (), "linear": ("factor",),
+               "llama3": (*ROPE_NEEDED["llama3"], "original_max_position_embeddings"),
+               "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+                        "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 
 
 @dataclass(kw_only=True)
@@ -21,16 +28,31 @@ class RopeScaling:
     """How the frequencies of RoPE are stretched beyond the length that a model was trained at."""
 
     rope_type: RopeType = "default"
-    """default: theta^(-2i/d) as they are. llama3: Llama 3.1's interpolation of the long waves."""
+    """default: theta^(-2i/d) as they are. linear: all stretched. llama3: Llama 3.1's stretching of
+    the long waves. yarn: as Peng et al. (2023), with a factor of cos and sin."""
     factor: Annotated[float, Field(ge=1)] = 1.0
-    """llama3: waves longer than original_max_position_embeddings / low_freq_factor are stretched
-    by this."""
+    """How far waves are stretched: all of them (linear), or the long ones. llama3: those longer
+    than original_max_position_embeddings / low_freq_factor. yarn: those that turn over less than
+    beta_slow times in the original length."""
     low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
     """llama3: see factor."""
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
     """llama3: waves shorter than original_max_position_embeddings / high_freq_factor stay."""
     original_max_position_embeddings: Annotated[int, Field(gt=0)] = 8192
-    """llama3: the length in tokens before stretching."""
+    """llama3 and yarn: the length in tokens before stretching."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """yarn: waves that turn over more often than this in the original length stay."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """yarn: see factor."""
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """yarn: what cos and sin are multiplied by; null means 0.1 ln(factor) + 1, or as mscale says."""
+    mscale: Annotated[float, Field(ge=0)] | None = None
+    """yarn, DeepSeek's: attention_factor is (0.1 mscale ln(factor) + 1) over the same with
+    mscale_all_dim, where both are given."""
+    mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    """yarn: see mscale."""
+    truncate: bool = True
+    """yarn: whether the first and the last stretched wave are rounded outwards to whole ones."""
 
     def __post_init__(self) -> None:
         if self.rope_type not in get_args(RopeType):
@@ -39,6 +61,11 @@ class RopeScaling:
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise UserError(f"rope_scaling.high_freq_factor {self.high_freq_factor} must be "
                             f"greater than low_freq_factor {self.low_freq_factor}")
+
+    def parameters(self) -> dict[str, Any]:
+        """The fields that the type reads and that are set, by the names of Hugging Face."""
+        names = ("rope_type", *ROPE_FIELDS[self.rope_type])
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(kw_only=True)

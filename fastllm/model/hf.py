@@ -11,13 +11,13 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fastllm.config import UserError, build
-from fastllm.model.config import ModelConfig, RopeType
+from fastllm.model.config import ROPE_FIELDS, ROPE_NEEDED, ModelConfig
 from fastllm.model.decoder import Decoder
 from fastllm.model.layers import named_parts
 
@@ -69,11 +69,7 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32,
     values = {name: getattr(config, name) for name in _SHARED}
     values |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
     scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.rope_type}
-    if scaling.rope_type == "llama3":
-        rope |= {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-                 "high_freq_factor": scaling.high_freq_factor,
-                 "original_max_position_embeddings": scaling.original_max_position_embeddings}
+    rope = scaling.parameters()
     values |= {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -141,18 +137,18 @@ def _rope_from_hf(values: dict[str, Any], positions: int,
         refuse(f"rope_scaling is {rope!r}; it must be an object")
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in get_args(RopeType):
-        refuse(f"rope_type '{kind}' is not supported; default and llama3 are")
+    if kind not in ROPE_FIELDS:
+        refuse(f"rope_type '{kind}' is not supported; there are: {', '.join(ROPE_FIELDS)}")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         refuse("partial_rotary_factor other than 1 is not supported")
     scaling = {"rope_type": kind}
-    if kind == "llama3":
-        scaling["original_max_position_embeddings"] = rope.get(
-            "original_max_position_embeddings", positions)
-        for key in ("factor", "low_freq_factor", "high_freq_factor"):
-            if key not in rope:
-                refuse(f"llama3's rope_scaling lacks {key}")
+    for key in ROPE_FIELDS[kind]:
+        if rope.get(key) is not None:
             scaling[key] = rope[key]
+        elif key == "original_max_position_embeddings":
+            scaling[key] = positions
+        elif key in ROPE_NEEDED[kind]:
+            refuse(f"the {kind} rope_scaling lacks {key}")
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

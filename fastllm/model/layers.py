@@ -5,7 +5,6 @@ matrix product instead of three or two. `named_parts` shows them apart, which is
 initialised, read and written.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -88,25 +87,6 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each pair of a head's elements: (head_dim / 2,) fp64.
-
-    Su et al., RoFormer (2021): theta^(-2i/d). Llama 3.1's scaling divides the frequency of waves
-    longer than original / low_freq_factor by `factor`, leaves those shorter than original /
-    high_freq_factor, and goes from one to the other in between, linearly in original / wavelength.
-    """
-    size = config.head_size
-    exponent = torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size
-    frequency = config.rope_theta ** -exponent
-    scaling = config.rope_scaling
-    if scaling.rope_type == "default":
-        return frequency
-    waves = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = ((waves - scaling.low_freq_factor) / span).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / scaling.factor)
-
-
 class RotaryTable(nn.Module):
     """cos and sin of every position and frequency: (max_position_embeddings, head_dim / 2) fp32.
 
@@ -123,14 +103,10 @@ class RotaryTable(nn.Module):
         self._build(torch.get_default_device())
 
     def _build(self, device: torch.device) -> None:
-        if device.type == "meta":
-            shape = (self.config.max_position_embeddings, self.config.head_size // 2)
-            cos = sin = torch.empty(shape, dtype=torch.float32, device=device)
-        else:
-            positions = torch.arange(
-                self.config.max_position_embeddings, dtype=torch.float64, device="cpu")
-            angle = torch.outer(positions, rope_frequencies(self.config))
-            cos, sin = (f(angle).to(device, torch.float32) for f in (torch.cos, torch.sin))
+        cos, sin = ops.rope_tables(
+            self.config.max_position_embeddings, self.config.head_size,
+            theta=self.config.rope_theta, scaling=self.config.rope_scaling.parameters(),
+            device=device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 

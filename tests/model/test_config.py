@@ -70,7 +70,7 @@ def test_impossible_shapes_are_refused_by_name(changes, words):
 
 
 @pytest.mark.parametrize("changes", [
-    {"rope_type": "yarn"},
+    {"rope_type": "longrope"},
     {"rope_type": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}])
 def test_rope_scaling_refuses_what_it_does_not_do(changes):
     with pytest.raises(UserError, match="rope_scaling"):

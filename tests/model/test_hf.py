@@ -15,11 +15,17 @@ SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_hidd
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0,
+        "original_max_position_embeddings": 16}
 CASES = {
     "llama": ("llama", {}),
     "llama untied": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "llama wide heads": ("llama", {"head_dim": 24, "num_key_value_heads": 1, "rope_theta": 5e5}),
     "llama3 rope": ("llama", {"rope_scaling": LLAMA3, "rms_norm_eps": 1e-6}),
+    "linear rope": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "yarn rope": ("llama", {"rope_scaling": YARN}),
+    "yarn rope as DeepSeek's": ("qwen3", {"qk_norm": True, "rope_scaling": {
+        **YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}}),
     "qwen2": ("qwen2", {"attention_bias": True}),
     "qwen2 wide heads, untied": ("qwen2", {"attention_bias": True, "head_dim": 20,
                                            "tie_word_embeddings": False}),
@@ -121,6 +127,14 @@ def test_rope_is_read_as_transformers_4_and_5_write_it(spelling):
     assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling(**LLAMA3))
 
 
+def test_yarn_without_an_original_length_means_the_model_s():
+    values = hf.config_to_hf(make_config({}))
+    values["rope_scaling"] = {"type": "yarn", "factor": 2.0, "attention_factor": 1.5}
+    assert hf.config_from_hf(values).rope_scaling == RopeScaling(
+        rope_type="yarn", factor=2.0, attention_factor=1.5,
+        original_max_position_embeddings=SIZES["max_position_embeddings"])
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_silent_config_means_what_transformers_means(kind):
     values = {"model_type": kind, "vocab_size": 96, "hidden_size": 64, "intermediate_size": 80,
@@ -137,7 +151,8 @@ def test_a_silent_config_means_what_transformers_means(kind):
     ({"model_type": "gpt2"}, "gpt2"), ({"hidden_act": "gelu"}, "gelu"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"vocab_size": None}, "vocab_size"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "yarn rope_scaling lacks factor"),
     ({"rope_scaling": {"type": "dynamic"}}, "dynamic"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastllm.model import Decoder, ModelConfig, RopeScaling, shapes
-from fastllm.model.layers import RotaryTable, named_parts, rope_frequencies
+from fastllm.model.layers import RotaryTable, named_parts
 
 SMALL = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=3000,
@@ -45,23 +45,22 @@ def test_rotary_table_survives_casts_and_meta():
     shapes.config("llama-1b"), shapes.config("llama-8b"), shapes.config("minimind-64m"),
     ModelConfig(rope_scaling=RopeScaling(rope_type="llama3", factor=4.0, low_freq_factor=2.0,
                                          high_freq_factor=9.0,
+                                         original_max_position_embeddings=512)),
+    ModelConfig(rope_scaling=RopeScaling(rope_type="linear", factor=4.0)),
+    ModelConfig(rope_scaling=RopeScaling(rope_type="yarn", factor=4.0, beta_fast=20.0,
                                          original_max_position_embeddings=512))])
-def test_frequencies_equal_transformers(config):
+def test_the_table_is_that_of_transformers(config):
     from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    scaling = config.rope_scaling
-    rope = {"rope_theta": config.rope_theta, "rope_type": scaling.rope_type}
-    make = LlamaRotaryEmbedding.compute_default_rope_parameters
-    if scaling.rope_type == "llama3":
-        make = ROPE_INIT_FUNCTIONS["llama3"]
-        rope |= {"factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-                 "high_freq_factor": scaling.high_freq_factor,
-                 "original_max_position_embeddings": scaling.original_max_position_embeddings}
-    theirs, _ = make(LlamaConfig(head_dim=config.head_size, rope_parameters=rope,
-                                 max_position_embeddings=config.max_position_embeddings))
-    torch.testing.assert_close(rope_frequencies(config).float(), theirs, rtol=1e-6, atol=0)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        head_dim=config.head_size, max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={"rope_theta": config.rope_theta, **config.rope_scaling.parameters()}))
+    positions = torch.tensor([[0, 1, 100, 1000]])
+    cos, sin = theirs(torch.zeros(1), positions)
+    for ours, table in zip(RotaryTable(config)(positions), (cos, sin), strict=True):
+        # Angles of a thousand radians have an error of 1e-4 in their float32.
+        torch.testing.assert_close(ours, table[..., :config.head_size // 2], rtol=0, atol=2e-4)
 
 
 def test_named_parts_are_views_that_cover_every_parameter_once():
