@@ -205,12 +205,46 @@ def test_optimizer_is_torchs(name, options):
     assert a.param_groups[0]["lr"] == b.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Lion", "SGD", "Adagrad", "RMSprop"])
+def test_muon_is_torchs():
+    torch.manual_seed(0)
+    ours = nn.Linear(24, 16, bias=False)
+    theirs, grads = copy.deepcopy(ours), [[torch.randn(16, 24)] for _ in range(5)]
+    for options in ({}, {"adjust_lr_fn": "match_rms_adamw", "nesterov": False}):
+        run(fnn.Muon(ours.parameters(), lr=0.05, **options), ours, grads)
+        run(torch.optim.Muon(theirs.parameters(), lr=0.05, **options), theirs, grads)
+        # Newton-Schulz runs in bfloat16 in both; the moves agree to its rounding.
+        torch.testing.assert_close(ours.weight, theirs.weight, atol=4e-3, rtol=0.02)
+
+
+def test_adamw_in_8_bits():
+    """Large tensors keep a byte a moment, small ones are AdamW's."""
+    torch.manual_seed(0)
+    ours = nn.Linear(96, 64)
+    theirs, start = copy.deepcopy(ours), ours.weight.detach().clone()
+    grads = [[torch.randn(64, 96), torch.randn(64)] for _ in range(20)]
+    optimizer = fnn.AdamW8bit(ours.parameters(), lr=1e-2)
+    run(optimizer, ours, grads)
+    run(fnn.AdamW(theirs.parameters(), lr=1e-2), theirs, grads)
+    torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-6, rtol=1e-5)
+    moved = (theirs.weight - start).norm()
+    assert 0 < (ours.weight - theirs.weight).norm() < 0.05 * moved
+    assert optimizer.state[ours.weight]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[ours.bias]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lamb", "Lion", "SGD", "Adagrad",
+                                  "RMSprop", "Muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_optimizer_resumes_bitwise(name, dtype):
     whole, grads = model_and_grads(dtype, steps=6)
+    if name == "Muon":
+        for layer in whole:
+            layer.bias = None
+        grads = [step[::2] for step in grads]
     part = copy.deepcopy(whole)
     options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    if name == "AdamW8bit":
+        options["min_8bit_size"] = 0
     make = lambda model: getattr(fnn, name)(model.parameters(), **options)  # noqa: E731
     run(make(whole), whole, grads)
     first = make(part)

@@ -3,7 +3,8 @@
 from fastllm.nn.layers import Dropout, Embedding, GeGLU, SwiGLU
 from fastllm.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from fastllm.nn.norms import LayerNorm, RMSNorm
-from fastllm.nn.optimizers import SGD, Adagrad, AdamW, Lion, RMSprop
+from fastllm.nn.optimizers import SGD, Adagrad, AdamW, AdamW8bit, Lamb, Lion, Muon, RMSprop
 
-__all__ = ["SGD", "Adagrad", "AdamW", "CrossEntropyLoss", "Dropout", "Embedding", "GeGLU",
-           "LayerNorm", "LinearCrossEntropyLoss", "Lion", "RMSNorm", "RMSprop", "SwiGLU"]
+__all__ = ["SGD", "Adagrad", "AdamW", "AdamW8bit", "CrossEntropyLoss", "Dropout", "Embedding",
+           "GeGLU", "Lamb", "LayerNorm", "LinearCrossEntropyLoss", "Lion", "Muon", "RMSNorm",
+           "RMSprop", "SwiGLU"]

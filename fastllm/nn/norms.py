@@ -27,7 +27,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None,
                 prenorm: bool = False) -> Any:
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        # torch's default is the epsilon of the type that it computes in.
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps \
+            if self.eps is None else self.eps
         flat = [_flat(self, t) for t in (x, residual)]
         weight = None if self.weight is None else self.weight.flatten()
         out = ops.rms_norm(flat[0], weight, eps, residual=flat[1], prenorm=prenorm,

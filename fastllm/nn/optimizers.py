@@ -50,6 +50,10 @@ class _Fused(Optimizer):
         """The op's keyword arguments."""
         raise NotImplementedError
 
+    def _options_by_tensor(self, members: list[Tensor]) -> dict[str, Any]:
+        """The op's keyword arguments that are lists beside the parameters."""
+        return {}
+
     def _first(self, group: dict[str, Any]) -> float:
         """What a state holds before the first step."""
         return 0.0
@@ -76,12 +80,13 @@ class _Fused(Optimizer):
             for (device, count), members in together.items():
                 lists = [name and [self.state[p][name] for p in members]
                          for name in self._states(group)]
+                options = self._options(group) | self._options_by_tensor(members)
                 type(self).op(
                     members, [p.grad for p in members], *lists,
                     [self.state[p].get("master") for p in members], lr=float(group["lr"]),
                     step=count, grad_scale=torch.ones((), device=device), seed=self.seed,
                     stochastic_rounding=self.stochastic_rounding,
-                    offsets=[offsets[p] for p in members], **self._options(group))
+                    offsets=[offsets[p] for p in members], **options)
         return loss
 
     def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -106,10 +111,11 @@ class _Fused(Optimizer):
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(keys, params, strict=True):
-            wide = torch.promote_types(p.dtype, torch.float32)
             for name, value in state_dict["state"].get(key, {}).items():
                 if name != "step" and isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, wide, copy=True)
+                    dtype = torch.promote_types(value.dtype, torch.float32) \
+                        if value.is_floating_point() else value.dtype
+                    self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
 
 
 class AdamW(_Fused):
@@ -135,6 +141,76 @@ class AdamW(_Fused):
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2, "eps": group["eps"],
                 "weight_decay": group["weight_decay"]}
+
+
+class AdamW8bit(AdamW):
+    """AdamW whose two moments take one byte each, with a float32 scale a block of 256.
+
+    Parameters of fewer than min_8bit_size elements keep float32 moments, as in bitsandbytes.
+    """
+
+    def __init__(self, *args: Any, min_8bit_size: int = 4096, **kwargs: Any) -> None:
+        self.min_8bit_size = min_8bit_size
+        super().__init__(*args, **kwargs)
+
+    def _prepare(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if "exp_avg" not in state and p.numel() >= self.min_8bit_size:
+            blocks = -(-p.numel() // 256)
+            for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+                state[name] = torch.zeros_like(p, dtype=dtype)
+                state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
+        super()._prepare(p, group)
+
+    def _options_by_tensor(self, members: list[Tensor]) -> dict[str, Any]:
+        return {f"{name}_scales": [self.state[p].get(f"{name}_scale") for p in members]
+                for name in ("exp_avg", "exp_avg_sq")}
+
+
+class Lamb(_Fused):
+    """LAMB (You et al., arXiv:1904.00962): AdamW with a trust ratio for each tensor.
+
+    Norms and biases, which the ratio should leave alone, go to an AdamW of their own.
+    """
+
+    op = ops.lamb_step
+
+    def __init__(self, params: Params, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
+                 eps: float = 1e-6, weight_decay: float = 1e-2, *,
+                 stochastic_rounding: bool = False, seed: int = 0) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            stochastic_rounding, seed, {})
+
+    _states, _options = AdamW._states, AdamW._options
+
+
+class Muon(_Fused):
+    """torch.optim.Muon: momentum made orthogonal, for matrices.
+
+    Embeddings, the head, norms and biases go to an AdamW of their own, as with torch's.
+    """
+
+    op = ops.muon_step
+
+    def __init__(self, params: Params, lr: float = 1e-3, weight_decay: float = 0.1,
+                 momentum: float = 0.95, nesterov: bool = True,
+                 ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+                 eps: float = 1e-7, ns_steps: int = 5, adjust_lr_fn: str | None = None, *,
+                 stochastic_rounding: bool = False, seed: int = 0) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                     "nesterov": nesterov, "ns_coefficients": ns_coefficients, "eps": eps,
+                     "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn},
+            stochastic_rounding, seed, {})
+
+    def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
+        return ("momentum_buffer",)
+
+    def _options(self, group: dict[str, Any]) -> dict[str, Any]:
+        names = "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"
+        return {"adjust_lr_fn": group["adjust_lr_fn"] or "original",
+                **{name: group[name] for name in names}}
 
 
 class Lion(_Fused):
@@ -199,6 +275,10 @@ class Adagrad(_Fused):
 
     def _states(self, group: dict[str, Any]) -> tuple[str | None, ...]:
         return ("sum",)
+
+    def _options_by_tensor(self, members: list[Tensor]) -> dict[str, Any]:
+        """The op's keyword arguments that are lists beside the parameters."""
+        return {}
 
     def _first(self, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]

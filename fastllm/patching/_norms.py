@@ -24,7 +24,7 @@ def find(module: Any) -> Replacement | str | None:
     epsilon = next((name for name in EPSILONS if hasattr(module, name)), "")
     named = "norm" in type(module).__name__.lower()
     if not names or not names <= {"weight", "bias"} or "weight" not in names or not epsilon:
-        return "not a norm with a weight and an epsilon" if named and names else None
+        return "it is not a norm with a weight and an epsilon" if named else None
     if module.weight.dim() != 1:
         return f"its weight is {tuple(module.weight.shape)}, not one row" if named else None
     whys = []
@@ -46,9 +46,12 @@ def _rms(offset: float) -> Callable[..., Callable[..., Tensor]]:
         def forward(self: Any, hidden_states: Tensor) -> Tensor:
             x, weight = hidden_states, self.weight
             out = _result_type(x, weight, keeps)
-            if out is None or getattr(self, epsilon) is None:
+            if out is None:
                 return own(self, "forward")(x)
-            y = ops.rms_norm(x, weight, getattr(self, epsilon), **options)
+            eps = getattr(self, epsilon)
+            if eps is None:  # torch.nn.RMSNorm's default, of the type that it computes in
+                eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+            y = ops.rms_norm(x, weight, eps, **options)
             return y if y.dtype == out else y.to(out)
         return forward
 
