@@ -92,7 +92,8 @@ class Kernel:
     mutates: bool = False
     """Whether the call's tensors, rather than a return value, carry the result."""
     overflow_shape: Shape | None = None
-    """A shape whose matrices have two rows: tests lay those more than 2^31 elements apart."""
+    """A shape whose matrices have three rows: tests lay the last over 2^31 elements after the
+    first, at a stride that fits 32 bits itself."""
     composition: bool = False
     """Whether the op is made of other kernels and matrix products, without a launch of its own."""
 

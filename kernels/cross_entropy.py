@@ -363,6 +363,6 @@ KERNEL = Kernel(
                                    "softcap": 5.0, "ignore_index": 1, "reduction": "mean",
                                    "logit_scale": 1.5, "weighted": True, "return_metrics": True},
     },
-    overflow_shape=(2, 9),
+    overflow_shape=(3, 9),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -193,6 +193,6 @@ KERNEL = Kernel(
               "rare": {"p": 2.0**-31}, "not training": {"training": False},
               "seed on the device": {"on_device": True, "seed": -(1 << 62) - 12345, "p": 0.7},
               "residual": {"residual": True}},
-    overflow_shape=(2, 8),
+    overflow_shape=(3, 8),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

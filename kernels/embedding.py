@@ -223,6 +223,6 @@ KERNEL = Kernel(
     bench_options={"skewed": {"skew": 0.1}},
     variants={"padding": {"padding_idx": 0}, "padding everywhere": {"padding_idx": -1, "skew": 0.9},
               "skewed": {"skew": 0.5}, "one id": {"skew": 1.0}, "int32": {"ids": torch.int32}},
-    overflow_shape=(2, 2, 8),
+    overflow_shape=(3, 3, 8),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -195,6 +195,6 @@ KERNEL = Kernel(
         "every option": {"biased": True, "return_entropy": True, "temperature": 0.8,
                          "softcap": 5.0, "chunk_size": 2},
     },
-    overflow_shape=(2, 8, 5),
+    overflow_shape=(3, 8, 5),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

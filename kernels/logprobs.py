@@ -301,6 +301,6 @@ KERNEL = Kernel(
                          "ignore_index": 1, "inplace": True},
     },
     bench_options={"entropy": {"return_entropy": True}},
-    overflow_shape=(2, 9),
+    overflow_shape=(3, 9),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

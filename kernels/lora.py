@@ -185,6 +185,6 @@ KERNEL = Kernel(
               "nf4": {"quantize": quant.quantize_nf4},
               "int8, bias": {"quantize": quant.quantize_int8, "bias": True}},
     bench_options={"nf4": {"quantize": quant.quantize_nf4}},
-    overflow_shape=(2, 5, 8, 2),
+    overflow_shape=(3, 5, 8, 2),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -385,6 +385,6 @@ KERNEL = Kernel(
         "packed, partial": {"packed": True, "positions": "documents", "rotated": 0.4,
                             "layout": "fused"}},
     bench_options={"partial": {"rotated": 0.5}, "interleaved": {"interleaved": True}},
-    overflow_shape=(2, 3, 2, 1, 8),
+    overflow_shape=(3, 2, 2, 1, 8),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -89,6 +89,6 @@ KERNEL = Kernel(
               "bf16 residual": {"residual": True, "residual_dtype": torch.bfloat16},
               "fp32 residual": {"residual": True, "residual_dtype": torch.float32,
                                 "prenorm": True}},
-    overflow_shape=(2, 8), narrow_access=_norms.NARROW,
+    overflow_shape=(3, 8), narrow_access=_norms.NARROW,
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

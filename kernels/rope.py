@@ -305,6 +305,6 @@ KERNEL = Kernel(
                          "interleaved": True, "layout": "fused"}},
     bench_options={"packed": {"packed": True, "positions": "documents", "layout": "fused"},
                    "interleaved": {"interleaved": True}, "partial": {"rotated": 0.5}},
-    overflow_shape=(2, 3, 2, 1, 8),
+    overflow_shape=(3, 2, 2, 1, 8),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

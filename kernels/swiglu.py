@@ -91,7 +91,7 @@ ELEMENTWISE: dict[str, Any] = {
     "traffic_shapes": ((256, 1408), (4096, 1408)),
     "audit_shapes": ((4, 1408), (4, 14336)),
     "bench_options": {"packed": {"packed": True}},
-    "overflow_shape": (2, 8),
+    "overflow_shape": (3, 8),
     "floor_bytes": floor_bytes, "floor_flops": floor_flops,
 }
 LINEAR: dict[str, Any] = {
@@ -103,7 +103,7 @@ LINEAR: dict[str, Any] = {
     "traffic_shapes": ((256, 1408, 512),),
     "audit_shapes": ((4, 1408, 512),),
     "bench_options": {"packed": {"packed": True}},
-    "overflow_shape": (2, 8, 3),
+    "overflow_shape": (3, 8, 5),
     "floor_bytes": floor_bytes_linear, "floor_flops": floor_flops_linear,
 }
 """What every gated linear unit tells its tools, alone and before a linear layer."""

@@ -1,4 +1,4 @@
-"""Runs every kernel on matrices whose two rows lie more than 2^31 elements apart.
+"""Runs every kernel on matrices whose third row lies more than 2^31 elements after the first.
 
 Started by test_all.py in a process of its own. Memory is one block that the system hands out
 lazily, so only the pages that hold the rows are ever real.
@@ -16,13 +16,14 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import kernel_check as kc
 
-STRIDE = (1 << 31) + 64
-block = torch.empty(STRIDE + (1 << 20), device=kc.DEVICE)
+# Fits 32 bits, so that only a product with a row's number can overflow them.
+ROWS, STRIDE = 3, (1 << 30) + 64
+block = torch.empty((ROWS - 1) * STRIDE + (1 << 20), device=kc.DEVICE)
 
 
 def far(used: list[int], t: torch.Tensor) -> torch.Tensor:
-    """t at the block's next free place, with its leading dimension of 2 spread out."""
-    if t.dim() < 2 or t.shape[0] != 2 or not t.is_floating_point():
+    """t at the block's next free place, with its leading dimension of 3 spread out."""
+    if t.dim() < 2 or t.shape[0] != ROWS or not t.is_floating_point():
         return t
     at = used[0]
     used[0] += t[0].numel() + 16
