@@ -269,6 +269,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
     inplace=True: the backward writes the gradient over the logits. A label outside the vocabulary
     raises IndexError.
     """
+    if inplace and logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError("cross_entropy in place: the logits must have unit stride along a row, "
+                         f"not {logits.stride()}")
     options = (ignore_index, label_smoothing, z_loss, softcap or 0.0)
     return _reduce(_CrossEntropy.apply(logits, labels, options, inplace), labels, ignore_index,
                    reduction)

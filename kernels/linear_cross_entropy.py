@@ -343,7 +343,7 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any
 KERNEL = Kernel(
     name="linear_cross_entropy", public=linear_cross_entropy, reference=reference, inputs=inputs,
     axes=("tokens", "hidden_size", "vocab_size"), composition=True, bound="flops",
-    test_shapes=((1, 1, 1), (5, 16, 33), (13, 24, 100)),
+    test_shapes=((1, 8, 9), (5, 16, 33), (13, 24, 100)),
     empty_shapes=((0, 4, 8),),
     bench_shapes=((2720, 512, 6400), (8192, 4096, 128256)),
     traffic_shapes=((256, 512, 6400), (2720, 512, 6400)),
@@ -366,6 +366,6 @@ KERNEL = Kernel(
             "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "chunk_size": 2,
             "biased": True, "weighted": True, "logit_scale": 0.5, "return_metrics": True},
     },
-    overflow_shape=(2, 8, 5),
+    overflow_shape=(3, 8, 5),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )
