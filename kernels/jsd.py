@@ -24,15 +24,7 @@ from torch import Tensor
 from fastllm.kernels import cross_entropy as ce
 from fastllm.kernels._softmax import LN2, fold, level, load_rows, log2, scales, tiling, weigh
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
-from fastllm.kernels._triton import (
-    cdiv,
-    jit,
-    next_power_of_2,
-    require,
-    rows_of,
-    tl,
-    warps_for,
-)
+from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, rows_of, tl, warps_for
 
 # Rows up to this long are held in registers, both of them, and read once.
 SHORT = 8192
@@ -77,6 +69,21 @@ def reduce(losses: Tensor, labels: Tensor | None, reduction: str, ignore_index: 
         return losses
     total = losses.sum()
     return total if reduction == "sum" else total / count(losses, labels, ignore_index)
+
+
+def divide_early(reduction: str, logits: Tensor, labels: Tensor | None,
+                 ignore_index: int) -> tuple[Tensor, Tensor | int | None]:
+    """What a gradient that is made with the loss is multiplied by (0-d float32), and what is left
+    to divide the loss by.
+
+    A mean's division goes into the pass that writes the gradient, and saves another; but not in
+    float16, whose small numbers would vanish before a loss scale lifts them.
+    """
+    one = logits.new_ones((), dtype=torch.float32)
+    if reduction != "mean":
+        return one, None
+    trained = count(logits, labels, ignore_index)
+    return (one, trained) if logits.dtype == torch.float16 else (one / trained, None)
 
 
 @jit
@@ -407,14 +414,12 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = 
         raise ValueError("jsd in place: the student's logits must have unit stride along a row, "
                          f"not {student_logits.stride()}")
     gradient = student_logits.detach()  # shares the version counter: the overwriting shows
-    factor = gradient.new_ones((), dtype=torch.float32)
-    # Divided in the gradient already, backward() has nothing to scale; float16 would underflow.
-    folded = reduction == "mean" and gradient.dtype != torch.float16
-    if folded:
-        factor = factor / count(gradient, labels, ignore_index)
+    factor, divide = divide_early(reduction, gradient, labels, ignore_index)
     losses = overwrite(gradient, teacher, labels, factor, *options) * factor
     losses = ce._attach(student_logits, gradient, losses)
-    return reduce(losses, labels, "sum" if folded else reduction, ignore_index)
+    if reduction == "none":
+        return losses
+    return losses.sum() if divide is None else losses.sum() / divide
 
 
 def kl_reference(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, *,
@@ -481,6 +486,6 @@ KERNEL = Kernel(
                                    "ignore_index": 1, "reduction": "mean"},
     },
     bench_options={"in place": {"inplace": True}},
-    overflow_shape=(2, 9),
+    overflow_shape=(3, 9),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -4,9 +4,9 @@ student_hidden (T, H) @ student_weight (V, H).T against teacher_hidden (T, G) @ 
 (V, G).T, divergence as in `jsd`; the teacher may be of another width and type. Each product is
 rounded to its type, as a linear layer rounds it, and neither's logits are ever all in memory. For
 "sum" and "mean" a chunk's logits become their gradient in the pass that reads them, so that the
-gradients are ready when the forward returns and the backward only scales them; for "none", where
-each token has its own upstream gradient, the backward makes both logits again. The weight's
-gradient is gathered in float32.
+gradients are ready when the forward returns and the backward only scales them in place, by a pass
+only where its factor is not 1; for "none", where each token has its own upstream gradient, the
+backward makes both logits again. The weight's gradient is gathered in float32.
 Floor: 2TV(H + G) FLOPs forward, 4THV backward; e(TH + TG + VH + VG) bytes in, e(TH + VH) out.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastllm.kernels import _chunks as chunks
+from fastllm.kernels import cross_entropy as ce
 from fastllm.kernels import jsd as js
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, autocast, normal
 from fastllm.kernels._triton import cdiv
@@ -52,74 +53,86 @@ def plain(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor
 
 
 def _loop(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor,
-          labels: Tensor | None, upstream: Tensor | None, options: tuple[float, float, int],
+          labels: Tensor | None, factor: Tensor, options: tuple[float, float, int],
           chunk_size: int | None, gradients: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences (T,), and where wanted the gradients of hidden and weight of their sum, weighted
-    by upstream (T,). Of float16 the weight's gradient stays float32 until it is scaled."""
+    by factor: one number, or upstream gradients (T,), in which case the divergences are known."""
     (tokens, width), vocab = hidden.shape, weight.shape[0]
     itemsize = hidden.element_size() + teacher.element_size()
     held, _ = chunks.rows(tokens, width, vocab, itemsize, chunk_size=chunk_size)
     losses, stats = js.empty(hidden)
     dhidden = hidden.new_empty((tokens, width) if gradients[0] else (0,))
-    wide = torch.zeros(weight.shape, device=weight.device) \
-        if gradients[1] and upstream is None and weight.dtype == torch.float16 else None
-    dweight = chunks.Sum(weight.shape, weight, cdiv(tokens, held or 1), into=wide) \
+    dweight = chunks.Sum((vocab, width), weight, cdiv(tokens, max(held, 1))) \
         if gradients[1] else None
-    one = losses.new_ones(())
     mine, theirs = hidden.new_empty((held, vocab)), teacher.new_empty((held, vocab))
     for rows in chunks.spans(tokens, max(held, 1)):
-        student_logits = mine[: rows.stop - rows.start]
-        teacher_logits = theirs[: rows.stop - rows.start]
-        chunks.linear(hidden[rows], weight, None, student_logits)
-        chunks.linear(teacher[rows], teacher_weight, None, teacher_logits)
-        both = student_logits, teacher_logits, None if labels is None else labels[rows]
-        if upstream is None and any(gradients):
-            losses[rows] = js.overwrite(*both, one, *options)
-        else:
+        logits, taught = (buffer[: rows.stop - rows.start] for buffer in (mine, theirs))
+        chunks.linear(hidden[rows], weight, None, logits)
+        chunks.linear(teacher[rows], teacher_weight, None, taught)
+        both = logits, taught, None if labels is None else labels[rows]
+        if factor.dim() or not any(gradients):
             js.measure(*both, losses[rows], stats[rows], *options)
-        if upstream is not None:
-            js.differentiate(*both, stats[rows], upstream[rows], student_logits, *options)
+        else:
+            losses[rows] = js.overwrite(*both, factor, *options)
+        if factor.dim():
+            js.differentiate(*both, stats[rows], factor[rows], logits, *options)
         if gradients[0]:
-            chunks.product(student_logits, weight, dhidden[rows])
+            chunks.product(logits, weight, dhidden[rows])
         if dweight:
-            dweight.add(student_logits.t(), hidden[rows])
+            dweight.add(logits.t(), hidden[rows])
     return losses, dhidden, dweight.result() if dweight else weight.new_empty((0,))
 
 
-@torch.library.custom_op("fastllm::linear_jsd_sum", mutates_args=())
-def _sum(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor,
-         labels: Tensor | None, beta: float, temperature: float, ignore_index: int,
-         chunk_size: int | None, for_hidden: bool,
-         for_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the divergences, and its gradients where wanted (empty elsewhere)."""
-    losses, dhidden, dweight = _loop(hidden, weight, teacher, teacher_weight, labels, None,
+@torch.library.custom_op("fastllm::linear_jsd_forward_backward", mutates_args=())
+def _gradients(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor,
+               labels: Tensor | None, factor: Tensor, beta: float, temperature: float,
+               ignore_index: int, chunk_size: int | None, for_hidden: bool,
+               for_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """factor (one number) times the divergences' sum, and its gradients; empty where not wanted."""
+    losses, dhidden, dweight = _loop(hidden, weight, teacher, teacher_weight, labels, factor,
                                      (beta, temperature, ignore_index), chunk_size,
                                      (for_hidden, for_weight))
-    return losses.sum(), dhidden, dweight
+    return losses.sum() * factor, dhidden, dweight
 
 
-@_sum.register_fake
-def _sum_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+@_gradients.register_fake
+def _gradients_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     for_hidden, for_weight = rest[-2:]
-    wide = torch.float32 if for_weight and weight.dtype == torch.float16 else weight.dtype
     return (hidden.new_empty((), dtype=torch.float32),
             hidden.new_empty(hidden.shape if for_hidden else (0,)),
-            weight.new_empty(weight.shape if for_weight else (0,), dtype=wide))
+            weight.new_empty(weight.shape if for_weight else (0,)))
 
 
-def _sum_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype = inputs[1].dtype
+@torch.library.custom_op("fastllm::linear_jsd_attach", mutates_args=())
+def _attach(loss: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor,
+            dweight: Tensor) -> Tensor:
+    """The loss, as a function of hidden and weight, whose gradients lie ready."""
+    return loss.clone()
 
 
-def _sum_autograd(ctx, upstream: Tensor, *_: Tensor):
-    dhidden, dweight = ctx.saved_tensors
-    # 0-d times a matrix keeps the matrix's type: a float32 sum is scaled before it is rounded.
-    return ((dhidden * upstream) if ctx.needs_input_grad[0] else None,
-            (dweight * upstream).to(ctx.dtype) if ctx.needs_input_grad[1] else None, *[None] * 9)
+@_attach.register_fake
+def _attach_fake(loss: Tensor, *_: Any) -> Tensor:
+    return loss.new_empty(())
 
 
-_sum.register_autograd(_sum_autograd, setup_context=_sum_setup)
+def _attach_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[3:])
+
+
+def _attach_autograd(ctx, upstream: Tensor):
+    gradients = [gradient if due else None for gradient, due in
+                 zip(ctx.saved_tensors, ctx.needs_input_grad[1:3], strict=True)]
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        if torch.compiler.is_compiling():  # which reuses memory itself, and wants no mutation
+            gradients[i] = gradient * upstream
+        else:  # a second backward finds the version counter moved and raises
+            ce.scale_rows(gradient, upstream)
+    return None, *gradients, None, None
+
+
+_attach.register_autograd(_attach_autograd, setup_context=_attach_setup)
 
 
 @torch.library.custom_op("fastllm::linear_jsd", mutates_args=())
@@ -127,8 +140,9 @@ def _each(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tenso
           labels: Tensor | None, beta: float, temperature: float, ignore_index: int,
           chunk_size: int | None) -> Tensor:
     """Each token's divergence (T,)."""
-    return _loop(hidden, weight, teacher, teacher_weight, labels, None,
-                 (beta, temperature, ignore_index), chunk_size, (False, False))[0]
+    return _loop(hidden, weight, teacher, teacher_weight, labels,
+                 hidden.new_ones((), dtype=torch.float32), (beta, temperature, ignore_index),
+                 chunk_size, (False, False))[0]
 
 
 @_each.register_fake
@@ -189,10 +203,13 @@ def linear_jsd(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: T
     options = (labels, float(beta), temperature, ignore_index, chunk_size)
     if reduction == "none":
         return _each(hidden, weight, teacher, teacher_weight, *options)
+    factor, divide = js.divide_early(reduction, hidden, labels, ignore_index)
     due = torch.is_grad_enabled()
-    total = _sum(hidden, weight, teacher, teacher_weight, *options, due and hidden.requires_grad,
-                 due and weight.requires_grad)[0]
-    return total if reduction == "sum" else total / js.count(hidden, labels, ignore_index)
+    loss, dhidden, dweight = _gradients(
+        hidden.detach(), weight.detach(), teacher, teacher_weight, labels, factor, *options[1:],
+        due and hidden.requires_grad, due and weight.requires_grad)
+    loss = _attach(loss, hidden, weight, dhidden, dweight)
+    return loss if divide is None else loss / divide
 
 
 def _check(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor,
@@ -258,6 +275,6 @@ KERNEL = Kernel(
         "every option": {"ignored": None, "beta": 0.3, "temperature": 1.5, "chunk_size": 2,
                          "reduction": "mean"},
     },
-    overflow_shape=(2, 8, 8, 5),
+    overflow_shape=(3, 8, 8, 5),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

@@ -205,13 +205,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("upstream", [None, torch.ones(64, device=DEVICE)])
-def test_the_logits_are_never_whole(upstream):
+@pytest.mark.parametrize("factor", [torch.ones((), device=DEVICE), torch.ones(64, device=DEVICE)])
+def test_the_logits_are_never_whole(factor):
     tokens, vocab, chunk = 64, 50, 8
     call = kc.make(linear.KERNEL, (tokens, 4, 6, vocab), torch.float32)
     tensors = [t.detach() for t in call.args]
     with Largest() as largest:
-        linear._loop(*tensors, upstream, (0.5, 1.0, -100), chunk, (True, True))
+        linear._loop(*tensors, factor, (0.5, 1.0, -100), chunk, (True, True))
     assert largest.elements <= chunk * vocab
 
 
@@ -234,18 +234,30 @@ def test_a_frozen_argument_costs_no_product(reduction, frozen):
     torch.testing.assert_close(ours, theirs)
     detached = [t.detach() for t in call.args]
     gradients = (frozen != 0, frozen != 1)
-    _, dhidden, dweight = linear._loop(*detached, None, (0.5, 1.0, -100), None, gradients)
+    _, dhidden, dweight = linear._loop(*detached, torch.ones((), device=DEVICE),
+                                       (0.5, 1.0, -100), None, gradients)
     assert (dhidden.numel() > 0, dweight.numel() > 0) == gradients
 
 
-def test_small_gradients_of_float16_survive():
-    """The weight's gradient is scaled in float32: by 2^-13, and back, it loses nothing."""
-    call = kc.make(linear.KERNEL, (13, 24, 40, 100), torch.float16, chunk_size=4)
-    weight = call.args[1]
-    plain, scaled = (torch.autograd.grad(linear.linear_jsd(*call.args) * 2.0**-k, weight)[0]
-                     for k in (0, 13))
-    assert plain.dtype == torch.float16
-    torch.testing.assert_close(scaled.float() * 2.0**13, plain.float(), rtol=2e-2, atol=6e-4)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradients_that_lie_ready_are_given_once(reduction):
+    call = kc.make(linear.KERNEL, (5, 16, 8, 33), torch.float32, reduction=reduction)
+    loss = linear.linear_jsd(*call.args, **call.kwargs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_mean_in_float16_keeps_small_gradients():
+    """Divided by 8,192 tokens before the loss scale lifts them, most would vanish."""
+    tokens, vocab = 8192, 16
+    student = torch.zeros(tokens, vocab, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    teacher = torch.linspace(0, 0.01, vocab, device=DEVICE, dtype=torch.float16).expand_as(student)
+    loss = module.jsd(student * 1, teacher, reduction="mean", inplace=True) * 8192
+    (gradient,) = torch.autograd.grad(loss, student)
+    exact = student.detach().double().requires_grad_()
+    module.reference(exact, teacher.double(), reduction="sum").backward()
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-3, atol=6e-8)
 
 
 def test_a_teacher_of_another_type_under_no_autocast_is_fine():

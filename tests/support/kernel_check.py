@@ -72,10 +72,12 @@ def run(kernel: Kernel, function: Callable[..., Any], call: Call,
     if not inputs or kernel.mutates:
         return results
     generator = torch.Generator(DEVICE).manual_seed(7)
-    # Every type must see the same upstream values, so they are exact in bfloat16.
+    # Every type must see the same upstream values, so they are exact in bfloat16. That of a whole
+    # loss is a power of 2: gradients that were made with the loss are scaled by it, not rounded.
     outputs = [output for output in outputs if output.requires_grad]
-    upstream = [change(torch.randn(output.shape, generator=generator, device=DEVICE).bfloat16()
-                       .to(output.dtype)) for output in outputs]
+    drawn = [torch.randn(output.shape, generator=generator, device=DEVICE).bfloat16()
+             if output.dim() else torch.full((), 0.5, device=DEVICE) for output in outputs]
+    upstream = [change(x.to(output.dtype)) for x, output in zip(drawn, outputs, strict=True)]
     return results + list(torch.autograd.grad(outputs, inputs, upstream))
 
 
