@@ -13,84 +13,86 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# What is wrong, file, tests to run (a -k expression), the right text and the wrong one.
+# What is wrong, its file, tests that must see it (file: -k expression), the right text, the wrong.
 BUGS = [
-    ("mask dropped from a store", "_glu.py", "swiglu-triton and layouts",
+    ("mask dropped from a store", "_glu.py", "test_all: swiglu-triton and layouts",
      "tl.store(out + row * columns + column, (value * u).to(out.dtype.element_ty), mask=mask)\n\n\n"
      "@jit\ndef _backward_kernel",
      "tl.store(out + row * columns + column, (value * u).to(out.dtype.element_ty))\n\n\n"
      "@jit\ndef _backward_kernel"),
-    ("mask reads one column too many", "_norms.py", "rms_norm-triton and shapes",
+    ("mask reads one column too many", "_norms.py", "test_all: rms_norm-triton and shapes",
      "    column = tl.arange(0, BLOCK)[None, :]\n    inside = column < hidden\n"
      "    if weight is not None:",
      "    column = tl.arange(0, BLOCK)[None, :]\n    inside = column <= hidden\n"
      "    if weight is not None:"),
-    ("offsets in 32 bits", "_norms.py", "beyond_32_bits and triton",
+    ("offsets in 32 bits", "_norms.py", "test_all: beyond_32_bits and triton",
      "        # int64: row * stride passes 2^31 at 2^31 elements, a size that training reaches.\n"
      "        row = tl.cast(tile, tl.int64) * ROWS",
      "        row = tile * ROWS"),
-    ("mean not divided by n", "_norms.py", "rms_norm-triton and shapes",
+    ("mean not divided by n", "_norms.py", "test_all: rms_norm-triton and shapes",
      "scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / hidden + eps)",
      "scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) + eps)"),
-    ("epsilon forgotten", "_norms.py", "rms_norm-triton and variants",
+    ("epsilon forgotten", "_norms.py", "test_all: rms_norm-triton and variants",
      "scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / hidden + eps)",
      "scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True) / hidden)"),
-    ("gradient of the residual branch lost", "_norms.py", "rms_norm-triton and variants",
+    ("gradient of the residual branch lost", "_norms.py", "test_all: rms_norm-triton and variants",
      "            value += tl.load(dh + row * dh_stride + column, mask=mask, other=0.0)\n"
      "        tl.store(dx + row * hidden + column, value.to(dx.dtype.element_ty), mask=mask)\n"
      "        if dresidual",
      "            value += 0.0\n"
      "        tl.store(dx + row * hidden + column, value.to(dx.dtype.element_ty), mask=mask)\n"
      "        if dresidual"),
-    ("strides swapped", "_norms.py", "rms_norm-triton and layouts",
+    ("strides swapped", "_norms.py", "test_all: rms_norm-triton and layouts",
      "arguments = (flat, added, gain, shift, y, h, statistics, rows, hidden, flat.stride(0),",
      "arguments = (flat, added, gain, shift, y, h, statistics, rows, hidden, hidden,"),
-    ("wrong sign in the backward", "_glu.py", "swiglu-triton and shapes",
+    ("wrong sign in the backward", "_glu.py", "test_all: swiglu-triton and shapes",
      "slope = inner * (1.0 + g * rate / (1.0 + tl.exp(z)))",
      "slope = inner * (1.0 - g * rate / (1.0 + tl.exp(z)))"),
-    ("rotation not undone in the backward", "_rotary.py", "rope-triton and shapes",
+    ("rotation not undone in the backward", "_rotary.py", "test_all: rope-triton and shapes",
      "    if BACKWARD:", "    if BACKWARD and False:"),
-    ("ignore_index skipped", "_cross_entropy.py", "cross_entropy-triton and not linear",
+    ("ignore_index skipped", "_cross_entropy.py", "test_all: cross_entropy-triton and not linear",
      "    if label == ignore_index:\n        _ignore(", "    if label == -1:\n        _ignore("),
     ("smoothing over the wrong count", "_cross_entropy.py",
-     "cross_entropy-triton and not linear and variants",
+     "test_all: cross_entropy-triton and not linear and variants",
      "slope -= smoothing / vocab * _share", "slope -= smoothing / columns * 2 * _share"),
-    ("entropy's gradient without its center", "logprobs.py", "logprobs-triton and variants",
+    ("entropy's gradient without its center", "logprobs.py",
+     "test_all: logprobs-triton and variants",
      "center = tl.load(entropy + row, mask=kept, other=0.0) / ln2", "center = 0.0 * log_sum"),
-    ("teacher and student swapped", "jsd.py", "jsd-triton and shapes",
+    ("teacher and student swapped", "jsd.py", "test_all: jsd-triton and shapes",
      "part, own = _terms(s_above - s_log[:, None], t_above - t_log[:, None], q, p, beta, KIND)",
      "part, own = _terms(t_above - t_log[:, None], s_above - s_log[:, None], p, q, beta, KIND)"),
-    ("bias correction forgotten", "adamw.py", "adamw-triton and shapes",
+    ("bias correction forgotten", "adamw.py", "test_all: adamw-triton and shapes",
      "(tl.sqrt(v) * growth + eps)", "(tl.sqrt(v) + eps)"),
-    ("stochastic rounding always down", "_multi_tensor.py", "test_adamw and bits",
+    ("stochastic rounding always down", "_multi_tensor.py", "test_adamw: bits",
      "    random = random_word(index, key) >> 16", "    random = 0"),
-    ("scale missing from one gradient", "lora.py", "lora_linear-triton and shapes",
+    ("scale missing from one gradient", "lora.py", "test_all: lora_linear-triton and shapes",
      "torch.addmm(db, dy.t(), t, beta=0, alpha=scale, out=db)",
      "torch.addmm(db, dy.t(), t, beta=0, alpha=1.0, out=db)"),
-    ("nibbles swapped", "_gemm.py", "nf4_linear-triton and shapes",
+    ("nibbles swapped", "_gemm.py", "test_all: nf4_linear-triton and shapes",
      "first = (nf4_value(code >> 4) * scale)", "first = (nf4_value(code & 15) * scale)"),
-    ("last piece of a long run lost", "embedding.py", "test_embedding and runs",
+    ("last piece of a long run lost", "embedding.py", "test_embedding: runs",
      "beyond = first + tl.cdiv(stop - own, PIECE)", "beyond = first + (stop - own) // PIECE"),
-    ("kept values not scaled up", "dropout.py", "dropout-triton and shapes",
+    ("kept values not scaled up", "dropout.py", "test_all: dropout-triton and shapes",
      "value = tl.where(keep, value * scale, 0.0)", "value = tl.where(keep, value, 0.0)"),
-    ("second chunk overwrites the first", "_chunks.py", "linear_cross_entropy-triton and variants",
+    ("second chunk overwrites the first", "_chunks.py",
+     "test_all: linear_cross_entropy-triton and variants",
      "self.total[piece].add_(part)", "self.total[piece].copy_(part)"),
 ]
 
 
-def suite(house: Path, expression: str) -> subprocess.CompletedProcess:
+def suite(house: Path, tests: str) -> subprocess.CompletedProcess:
+    file, _, expression = tests.partition(": ")
     environment = os.environ | {"PYTHONPATH": str(house), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x",
-         "tests/kernels", "-k", expression, *(f"--ignore=tests/kernels/test_{name}.py" for name in
-                                              ("properties", "demands", "planted"))],
+         f"tests/kernels/{file}.py", "-k", expression],
         cwd=house, env=environment, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture
 def house(tmp_path):
     """The project with a copy of kernels/ that may be changed."""
-    for name in ("setup.py", "pyproject.toml", "fastllm", "tests"):
+    for name in ("setup.py", "pyproject.toml", "bench", "fastllm", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels",
                     ignore=shutil.ignore_patterns("__pycache__"))
@@ -121,5 +123,5 @@ def test_the_suite_catches(house, wrong, file, tests, before, after):
 @pytest.mark.battery
 def test_a_sound_copy_passes(house):
     """What fails above fails for its bug."""
-    done = suite(house, "triton and (swiglu or rms_norm) and (shapes or variants)")
+    done = suite(house, "test_all: triton and (swiglu or rms_norm) and (shapes or variants)")
     assert done.returncode == 0, done.stdout[-3000:]
