@@ -174,9 +174,11 @@ def qk_norm_rope(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: 
                  position_ids: Tensor | None = None,
                  cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`rms_norm` of every head of q and k by weight + offset, then `rope`; rounded once."""
-    heads = [rms_norm(x.float(), weight.float() + offset if offset else weight.float(), eps)
-             for x, weight in ((q, q_weight), (k, k_weight))]
-    q_out, k_out = rope(*heads, cos, sin, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    q_normed, k_normed = (_RmsNorm.apply(x.float(), weight.float() + offset if offset
+                                         else weight.float(), eps)
+                          for x, weight in ((q, q_weight), (k, k_weight)))
+    q_out, k_out = rope(q_normed, k_normed, cos, sin, position_ids=position_ids,
+                        cu_seqlens=cu_seqlens)
     return q_out.to(q.dtype), k_out.to(k.dtype)
 
 

@@ -384,7 +384,7 @@ KERNEL = Kernel(
         "interleaved": {"interleaved": True},
         "packed, partial": {"packed": True, "positions": "documents", "rotated": 0.4,
                             "layout": "fused"}},
-    bench_options={"partial": {"rotated": 0.5}, "interleaved": {"interleaved": True}},
+    bench_options={"partial": {"rotated": 0.5}},
     overflow_shape=(3, 2, 2, 1, 8),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

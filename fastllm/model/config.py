@@ -45,7 +45,7 @@ class RopeScaling:
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
     """yarn: see factor."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
-    """yarn: what cos and sin are multiplied by; null means 0.1 ln(factor) + 1, or as mscale says."""
+    """yarn: what cos and sin are multiplied by; null: 0.1 ln(factor) + 1, or as mscale says."""
     mscale: Annotated[float, Field(ge=0)] | None = None
     """yarn, DeepSeek's: attention_factor is (0.1 mscale ln(factor) + 1) over the same with
     mscale_all_dim, where both are given."""
