@@ -97,6 +97,19 @@ def test_a_masked_vocabulary_is_fine(backend):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("slope", [10.0, -10.0])
+def test_a_long_row_whose_peak_moves(slope):
+    """Block by block: what was summed above a lower peak is carried to the higher one."""
+    logits = torch.linspace(-slope, slope, 9000, device=DEVICE)[None].requires_grad_()
+    label = torch.tensor([4000], device=DEVICE)
+    ours = module.logprobs(logits, label, return_entropy=True)
+    distribution = torch.distributions.Categorical(logits=logits)
+    theirs = distribution.log_prob(label), distribution.entropy()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(sum(results), logits)
+                                 for results in (ours, theirs)))
+
+
 def test_in_place_the_backward_writes_over_the_logits():
     leaf, labels = case()
     (expected,) = torch.autograd.grad(module.logprobs(leaf, labels).sum(), leaf)
