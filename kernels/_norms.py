@@ -346,7 +346,7 @@ def _backward(dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor | None, b
             block = max(32, next_power_of_2(hidden) // 128)
             _gather_kernel[(cdiv(hidden, block),)](
                 partial, dweight, dbias, programs, hidden, int(weight_gradient), int(bias_gradient),
-                ROWS=2048 // block, BLOCK=block, num_warps=4)
+                ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4)
     return outputs
 
 
