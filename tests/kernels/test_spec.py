@@ -41,9 +41,24 @@ def test_a_kernel_says_what_its_tools_need(kernel):
     ("cross_entropy", (8192, 131072), BF16, "backward", 4 * 8192 * 131072 + 12 * 8192),
     ("adamw", (1, 1_000_000_000), BF16, "forward", 28_000_000_000),
     ("adamw", (1, 1_000_000_000), BF16, "backward", 0),
+    ("lion", (1, 1_000_000_000), BF16, "forward", 20_000_000_000),
+    ("sgd", (1, 1_000_000_000), BF16, "forward", 20_000_000_000),
+    ("adagrad", (1, 1_000_000_000), FP32, "forward", 20_000_000_000),
+    ("rmsprop", (1, 1_000_000_000), FP32, "forward", 20_000_000_000),
+    ("lamb", (1, 1_000_000_000), BF16, "forward", 40_000_000_000),
 ])
 def test_floors(name, shape, dtype, direction, expected):
     assert BY_NAME[name].floor_bytes(shape, dtype, direction) == expected
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), [
+    ("adamw", {"masters": False}, 22), ("adamw", {"eight_bit": True}, 16 + 1 / 16),
+    ("adamw", {"eight_bit": True, "masters": False}, 10 + 1 / 16), ("lion", {"masters": False}, 14),
+    ("sgd", {"momentum": 0.0, "masters": False}, 6), ("lamb", {"masters": False}, 32),
+    ("rmsprop", {"centered": True, "momentum": 0.9}, 36)])
+def test_floors_of_options(name, options, expected):
+    shape = (1, 1 << 30)
+    assert BY_NAME[name].floor_bytes(shape, BF16, "forward", **options) == expected * (1 << 30)
 
 
 def test_the_linear_loss_floor_is_six_products():
