@@ -136,13 +136,13 @@ def _short_kernel(student, teacher, labels, losses, stats, gradient, factor, stu
     empty = tl.full((ROWS,), -float("inf"), tl.float32)
     s_peak, s_above, s_weight, _ = fold(s, empty, scale)
     t_peak, t_above, t_weight, _ = fold(t, empty, scale)
-    s_sum = tl.sum(s_weight, axis=1)
-    t_sum = tl.sum(t_weight, axis=1)
-    s_log = tl.log2(s_sum)
-    t_log = tl.log2(t_sum)
-    q = s_weight * (1.0 / s_sum)[:, None]
-    p = t_weight * (1.0 / t_sum)[:, None]
-    part, own = _terms(s_above - s_log[:, None], t_above - t_log[:, None], q, p, beta, KIND)
+    s_log = tl.log2(tl.sum(s_weight, axis=1))
+    t_log = tl.log2(tl.sum(t_weight, axis=1))
+    log_q = s_above - s_log[:, None]
+    log_p = t_above - t_log[:, None]
+    # Powers of 2 again, not s_weight / sum: 64 registers rather than 94, two programs an SM.
+    q = tl.exp2(log_q)
+    part, own = _terms(log_q, log_p, q, tl.exp2(log_p), beta, KIND)
     tl.store(losses + row, tl.where(kept, tl.sum(part, axis=1) * unit, 0.0), mask=within)
     center = tl.sum(own, axis=1)
     if GRADIENT:
