@@ -40,16 +40,18 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
     if unknown := set(skip) - set(KINDS):
         raise ValueError(f"patch: no kind {min(unknown)!r}; the kinds are {', '.join(KINDS)}")
     report = Report(type(model).__name__)
-    why = _check.why_unreadable(model)
-    if why:
+    todo = []
+    for path, module in model.named_modules():
+        if by := current(module):
+            report.replaced.append(Replaced(path, type(module).__name__, by))
+        else:
+            todo.append((path, module))
+    if why := _check.why_unreadable(model):
         report.skipped.append(Skipped("", type(model).__name__, why))
         return report
     with _still(model):
         trials: dict[str, dict[str, tuple[nn.Module, Replacement]]] = {"rope": {}, "loss": {}}
-        for path, module in model.named_modules():
-            if by := current(module):
-                report.replaced.append(Replaced(path, type(module).__name__, by))
-                continue
+        for path, module in todo:
             for kind, find in KINDS.items():
                 found = None if kind in skip else _find(find, module)
                 if isinstance(found, str):
@@ -67,7 +69,11 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every module of the model its own forward back; returns how many were replaced."""
+    """Give every module of the model its own forward back; returns how many were replaced.
+
+    A forward that somebody wrapped since, as accelerate does for mixed precision, stays: unwrap
+    the model first.
+    """
     return sum(take_back(module) for module in model.modules())
 
 

@@ -1,7 +1,9 @@
 """What patch does to a model that is wrapped, hooked, copied, strange or broken."""
 
 import copy
+import functools
 import pickle
+import types
 
 import pytest
 import torch
@@ -206,6 +208,22 @@ def test_autocast():
     assert abs(losses[0] - truth) <= 2 * abs(losses[1] - truth) + 0.02
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])
+@pytest.mark.parametrize("narrow", ["input", "weight"])
+def test_norms_of_two_types(family, narrow):
+    """Float32 norms in a bfloat16 model, as peft prepares them, give the type that they gave."""
+    model = families.build(family)
+    norm = next(m for name, m in model.named_modules() if name.lower().endswith("norm"))
+    x = torch.randn(2, 3, 32)
+    x = x.bfloat16() if narrow == "input" else x
+    norm.to(torch.bfloat16 if narrow == "weight" else torch.float32)
+    theirs = norm(x)
+    assert fastllm.patch(nn.Sequential(norm)).replaced
+    ours = norm(x)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+
+
 # --------------------------------------------------------------------- what is left, and named
 
 
@@ -325,6 +343,19 @@ def test_methods_of_others_are_left():
     assert "somebody else" in report.skipped[0].why
     fastllm.unpatch(model)
     assert model.model.norm.forward(3) == 3
+
+
+def test_a_wrapper_around_ours_stays():
+    model = patched()
+    ours = model.forward.__func__
+
+    @functools.wraps(ours)  # which copies whatever ours is marked by
+    def wrapper(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    model.forward = types.MethodType(wrapper, model)
+    fastllm.unpatch(model)
+    assert model.forward.__func__ is wrapper
 
 
 def test_hooks_run_and_a_hooked_head_is_called():
