@@ -55,7 +55,7 @@ def _mlp(module: nn.Module, names: tuple[str, ...], act: str) -> Replacement | s
     function = (_packed if len(names) == 2 else _separate)(gate, *names)
     width = getattr(getattr(module, names[0]), "in_features", 0)
     like = _check.first(module)
-    if not width or like is None:
+    if not width:
         return f"{names[0]} does not tell its width"
     try:
         x = _check.tokens(width, like)
@@ -68,7 +68,7 @@ def _mlp(module: nn.Module, names: tuple[str, ...], act: str) -> Replacement | s
 def _gate_of(act: Callable[[Tensor], Tensor], module: nn.Module) -> Gate | str:
     """The op whose gate is this activation, judged by its values."""
     like = _check.first(module)
-    x = torch.linspace(-8, 8, 257, device=like.device if like is not None else "cpu")
+    x = torch.linspace(-8, 8, 257, device=like.device)
     for theirs, gate in GATES:
         try:
             _check.agree("its activation", act(x), theirs(x))
@@ -122,7 +122,7 @@ def _experts(module: nn.Module, act: str) -> Replacement | str | None:
     def function(self: Any, gate_up_out: Tensor) -> Tensor:
         return unit(gate_up_out)
 
-    like = next(module.parameters())
+    like = _check.first(module)
     try:
         x = torch.randn(5, 64, device=like.device, dtype=like.dtype)
         _check.same(partial(function, module), partial(type(module)._apply_gate, module), [x])

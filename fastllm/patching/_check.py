@@ -54,10 +54,12 @@ def tokens(width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return rows.to(dtype or like.dtype)
 
 
-def first(module: nn.Module) -> Tensor | None:
-    """A tensor that tells the module's device and type."""
-    return next((x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()),
-                None)
+def first(module: nn.Module) -> Tensor:
+    """A tensor that tells the module's device and type: bfloat16 where all weights are packed
+    integers, as of quantised layers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    packed = [torch.empty(0, dtype=torch.bfloat16, device=x.device) for x in tensors[:1]]
+    return next((x for x in tensors if x.is_floating_point()), *packed or [torch.empty(0)])
 
 
 def why_unreadable(module: nn.Module) -> str:

@@ -42,8 +42,6 @@ def find(module: nn.Module) -> Replacement | str | None:
         other = next((name for name in names if "rotary_pos" in name or "apply_rope" in name), "")
         return f"its forward calls {other}, not {NAME}" if other else None
     like = _check.first(module)
-    if like is None:
-        return "it has no weights that tell its type"
     try:
         _compare(forward.__globals__[NAME], torch.float32, like)
         _compare(forward.__globals__[NAME], like.dtype, like)

@@ -345,6 +345,31 @@ def test_methods_of_others_are_left():
     assert model.model.norm.forward(3) == 3
 
 
+class Packed(nn.Module):
+    """A linear layer of integers that are weights only in its forward."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter((linear.weight * 64 + 128).round().to(torch.uint8), False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight.to(x.dtype) - 128) / 64)
+
+
+def test_quantised_layers():
+    model = families.build("llama", torch.bfloat16)
+    for layer in model.model.layers:
+        for part in (layer.mlp, layer.self_attn):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, Packed(child))
+    reference = copy.deepcopy(model)
+    assert not fastllm.patch(model).skipped
+    torch.testing.assert_close(model(**families.batch()).loss, reference(**families.batch()).loss,
+                               atol=0.02, rtol=0.02)
+
+
 def test_a_wrapper_around_ours_stays():
     model = patched()
     ours = model.forward.__func__
