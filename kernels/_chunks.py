@@ -59,12 +59,13 @@ def step(length: int, other: int, width: int, itemsize: int, *, tight: bool = Fa
     Each chunk multiplies (its part x width x other, three times) and adds to a float32 sum
     (other x width), which is read and written: a part so long that the additions cost OVERHEAD of
     the products is long enough. A chunk takes no more memory than the matrix (other x width) that
-    it is multiplied with, or SMALL; with `tight`, TIGHT.
+    it is multiplied with, or SMALL; with `tight`, than either it or TIGHT.
     """
     addition = 8 * other * width / BYTES_A_SECOND + SECONDS_A_CHUNK
     product = 6 * other * width / FLOPS_A_SECOND
     enough = int(addition / (OVERHEAD * max(product, 1e-30)))
-    room = TIGHT if tight else max(SMALL, other * width * itemsize)
+    matrix = other * width * itemsize
+    room = min(TIGHT, matrix) if tight else max(SMALL, matrix)
     fits = room // max(1, other * itemsize)
     return even(length, max(least, min(enough, fits) // 128 * 128))
 

@@ -177,7 +177,7 @@ def by_rows(problem: Problem, upstream: Tensor | None, main_grad: Tensor | None,
     tokens, width, vocab = problem.sizes
     hidden, weight, parts = problem.hidden, problem.weight, problem.parts
     results = problem.results(watch)
-    dhidden, dweight, dbias = gradients_for(hidden, weight, want, main_grad is not None)
+    dhidden, dweight, dbias = gradients_for(hidden, weight, (want[0], False, False), False)
     held, tile = problem.rows(tight)
     buffer = hidden.new_empty((min(held, tokens), vocab))
     total = chunks.Sum((vocab, width), weight, cdiv(tokens, held), main_grad,

@@ -310,7 +310,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, weight: Tensor | None = Non
     return loss, Metrics(lse, entropy, predicted, z)
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: float = 0.2,
+def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: float = 0.0,
            offset: float = 0.0, scale: float = 3.0, weighted: bool = False,
            **options: Any) -> Call:
     tokens, vocab = shape
@@ -348,17 +348,20 @@ KERNEL = Kernel(
     bench_options={"in place": {"inplace": True}, "weights": {"weighted": True}},
     audit_shapes=((2, 6400), (2, 32000), (2, 131072)),
     variants={
-        "none": {"reduction": "none"}, "mean": {"reduction": "mean"},
+        "some ignored": {"ignored": 0.4}, "none": {"reduction": "none", "ignored": 0.4},
+        "mean": {"reduction": "mean", "ignored": 0.4},
         "smoothing": {"label_smoothing": 0.1}, "z loss": {"z_loss": 1e-2},
         "softcap": {"softcap": 5.0}, "softcap, near zero": {"softcap": 30.0, "scale": 0.3},
-        "scale": {"logit_scale": 0.25}, "weights": {"weighted": True, "reduction": "mean"},
+        "scale": {"logit_scale": 0.25},
+        "weights": {"weighted": True, "reduction": "mean", "ignored": 0.4},
         "ignore index": {"ignore_index": 0}, "all ignored": {"ignored": 2.0},
         "all ignored, mean": {"ignored": 2.0, "reduction": "mean", "weighted": True},
-        "shifted": {"offset": 200.0}, "metrics": {"return_metrics": True},
+        "shifted": {"offset": 200.0}, "metrics": {"return_metrics": True, "ignored": 0.4},
         "every option": {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
                          "logit_scale": 1.5, "weighted": True, "ignore_index": 1,
                          "reduction": "none", "return_metrics": True},
-        "in place": {"inplace": True}, "in place, none": {"inplace": True, "reduction": "none"},
+        "in place": {"inplace": True},
+        "in place, none": {"inplace": True, "reduction": "none", "ignored": 0.4},
         "in place, every option": {"inplace": True, "label_smoothing": 0.1, "z_loss": 1e-3,
                                    "softcap": 5.0, "ignore_index": 1, "reduction": "mean",
                                    "logit_scale": 1.5, "weighted": True, "return_metrics": True},

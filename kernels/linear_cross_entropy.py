@@ -316,7 +316,7 @@ def _ready(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None,
     return loss if fold or divide is None else loss / divide, metrics, predicted
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: float = 0.2,
+def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: float = 0.0,
            biased: bool = False, weighted: bool = False, **options: Any) -> Call:
     tokens, width, vocab = shape
     hidden = normal((tokens, width), dtype, device, generator)
@@ -350,12 +350,14 @@ KERNEL = Kernel(
     bench_options={"recompute": {"recompute": True}},
     audit_shapes=((2, 512, 6400),),
     variants={
-        "chunks": {"chunk_size": 3}, "mean": {"reduction": "mean", "chunk_size": 4},
-        "none": {"reduction": "none", "chunk_size": 4}, "all ignored": {"ignored": 2.0},
+        "chunks": {"chunk_size": 3, "ignored": 0.3},
+        "mean": {"reduction": "mean", "chunk_size": 4, "ignored": 0.3},
+        "none": {"reduction": "none", "chunk_size": 4, "ignored": 0.3},
+        "all ignored": {"ignored": 2.0},
         "all ignored, mean": {"ignored": 2.0, "reduction": "mean"},
         "every option of C++": {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
                                 "chunk_size": 2, "biased": True},
-        "recompute": {"recompute": True, "chunk_size": 2, "biased": True},
+        "recompute": {"recompute": True, "chunk_size": 2, "biased": True, "ignored": 0.3},
         "weights": {"weighted": True, "reduction": "mean", "logit_scale": 0.5,
                     "return_metrics": True},
         "recompute, every option": {
@@ -364,7 +366,8 @@ KERNEL = Kernel(
             "logit_scale": 0.5, "return_metrics": True},
         "every option": {
             "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "chunk_size": 2,
-            "biased": True, "weighted": True, "logit_scale": 0.5, "return_metrics": True},
+            "biased": True, "weighted": True, "logit_scale": 0.5, "return_metrics": True,
+            "ignored": 0.3},
     },
     overflow_shape=(3, 8, 5),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
