@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.kernels import _norms
 from fastllm.kernels import _rotary as rotary
 from fastllm.kernels import rope as plain
 from fastllm.kernels._rotary import load_angles, load_pairs, store_pairs, turn
@@ -25,7 +26,7 @@ from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, tl
 # Programs of the backward, each with a partial sum of the weights' gradients: two thousand warps,
 # about what keeps an H100's memory busy, and no property of the GPU at hand.
 PARTIALS = 512
-COLUMNS = 16
+COLUMNS = 32
 
 
 def reference(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
@@ -209,20 +210,6 @@ def _backward_kernel(dq_out, dk_out, q, k, dq, dk, partial, q_weight, k_weight, 
                     REST_BLOCK, TOKENS)
 
 
-@jit
-def _gather_kernel(partial, q_grad, k_grad, programs, DIM: tl.constexpr, ROWS: tl.constexpr,
-                   COLUMNS: tl.constexpr):
-    """COLUMNS elements of both weights' gradients: sums of the rows of `partial`."""
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.arange(0, ROWS)[:, None]
-    mask = (row < programs) & (column < DIM)[None, :]
-    source = partial + row * (2 * DIM) + column[None, :]
-    q_sum = tl.sum(tl.load(source, mask=mask, other=0.0), axis=0)
-    k_sum = tl.sum(tl.load(source + DIM, mask=mask, other=0.0), axis=0)
-    tl.store(q_grad + column, q_sum.to(q_grad.dtype.element_ty), mask=column < DIM)
-    tl.store(k_grad + column, k_sum.to(k_grad.dtype.element_ty), mask=column < DIM)
-
-
 def _shape(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     """What shapes say to both kernels, for q, k (B, S, heads, D).
 
@@ -289,8 +276,9 @@ def _backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Te
             *q.stride(), *k.stride(), POSITIONS=positions, INTERLEAVED=interleaved,
             WEIGHTS=weights, **shape)
         if weights:
-            _gather_kernel[(cdiv(dim, COLUMNS),)](partial, q_grad, k_grad, programs, DIM=dim,
-                                                  ROWS=PARTIALS, COLUMNS=COLUMNS, num_warps=4)
+            _norms._gather_kernel[(cdiv(dim, COLUMNS),)](
+                partial, q_grad, k_grad, programs, dim, WEIGHT=1, BIAS=1, ROWS=64, BLOCK=COLUMNS,
+                num_warps=4)
     return grads
 
 
@@ -385,6 +373,6 @@ KERNEL = Kernel(
         "packed, partial": {"packed": True, "positions": "documents", "rotated": 0.4,
                             "layout": "fused"}},
     bench_options={"partial": {"rotated": 0.5}},
-    overflow_shape=(3, 2, 2, 1, 8),
+    overflow_shape=(3, 2, 2, 1, 8), narrow_access=_norms.NARROW,
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )
