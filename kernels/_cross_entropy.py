@@ -53,6 +53,16 @@ def _load(source, start, vocab, KEEP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @jit
+def _hold(source, start, vocab, HELD: tl.constexpr, BLOCK: tl.constexpr):
+    """HELD blocks from `start`, as they are."""
+    blocks = ()
+    for i in tl.static_range(HELD):
+        block = (_load(source, start + i * BLOCK, vocab, "evict_first", BLOCK),)
+        blocks = blocks + block  # type: ignore[assignment]
+    return blocks
+
+
+@jit
 def _share(weight, start, vocab, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
     """Class weights of a block, 0 past the row's end; 1 where there are none."""
     shares = 1.0
@@ -229,9 +239,7 @@ def _loss_kernel(logits, labels, weight, losses, stats, metrics, predicted, upst
             first = tl.min(_first(raw, start, height, BLOCK), axis=0)
             best = tl.where(height > top, first, best)
             top = tl.maximum(top, height)
-    held = ()
-    for i in tl.static_range(HELD):
-        held += (_load(source, body + i * BLOCK, vocab, "evict_first", BLOCK),)
+    held = _hold(source, body, vocab, HELD, BLOCK)
     highest = held[0]
     for i in tl.static_range(HELD - 1):
         highest = tl.maximum(highest, held[i + 1])
@@ -385,8 +393,8 @@ def _step(upstream: Tensor | None) -> int:
 
 def outputs_for(logits: Tensor, watch: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (T,), statistics (T, 3), metrics (3, T) and predictions (T,): empty if not watched."""
-    tokens = logits.shape[0]
-    wide = {"dtype": torch.float32}
-    return (logits.new_empty((tokens,), **wide), logits.new_empty((tokens, 3), **wide),
-            logits.new_empty((3, tokens if watch else 0), **wide),
-            logits.new_empty((tokens if watch else 0,), dtype=torch.int64))
+    tokens, wide = logits.shape[0], torch.float32
+    watched = tokens if watch else 0
+    return (logits.new_empty((tokens,), dtype=wide), logits.new_empty((tokens, 3), dtype=wide),
+            logits.new_empty((3, watched), dtype=wide),
+            logits.new_empty((watched,), dtype=torch.int64))

@@ -65,7 +65,7 @@ class Block(NamedTuple):
     """A block of logits and what its loss and gradient need, in plain torch."""
 
     capped: Tensor
-    index: Tensor
+    place: Tensor
     ignored: Tensor
     poison: Tensor
     lse: Tensor
@@ -77,21 +77,21 @@ def block_of(logits: Tensor, labels: Tensor, weight: Tensor | None, options: Opt
     vocab, wide = logits.shape[-1], compute_dtype(logits)
     ignored = labels == options.ignore_index
     bad = ~ignored & ((labels < 0) | (labels >= vocab))
-    index = labels.masked_fill(ignored | bad, 0)
+    place = labels.masked_fill(ignored | bad, 0)
     # Filled first: a NaN in an ignored row would come back as NaN times zero in the backward.
     capped = logits.masked_fill(ignored[:, None], 0.0).to(wide) * options.logit_scale
     if options.softcap:
         capped = options.softcap * torch.tanh(capped / options.softcap)
     poison = torch.zeros_like(labels, dtype=wide).masked_fill(bad, float("nan"))
     shares = None if weight is None else weight.detach().to(wide)
-    share = torch.ones_like(poison) if shares is None else shares[index]
-    return Block(capped, index, ignored, poison, capped.logsumexp(-1), share, shares)
+    share = torch.ones_like(poison) if shares is None else shares[place]
+    return Block(capped, place, ignored, poison, capped.logsumexp(-1), share, shares)
 
 
 def block_losses(block: Block, options: Options) -> Tensor:
-    capped, index, ignored, poison, lse, share, shares = block
+    capped, place, ignored, poison, lse, share, shares = block
     smooth = options.label_smoothing
-    losses = (1 - smooth) * share * (lse - capped.gather(-1, index[:, None])[:, 0])
+    losses = (1 - smooth) * share * (lse - capped.gather(-1, place[:, None])[:, 0])
     if smooth and shares is None:
         losses = losses + smooth * (lse - capped.mean(-1))
     elif smooth and shares is not None:
@@ -107,7 +107,7 @@ def block_metrics(logits: Tensor, block: Block, options: Options) -> Metrics:
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -float("inf"), 0.0)).sum(-1)
     lse, entropy, z = (t.masked_fill(block.ignored, 0.0)
                        for t in (lse, entropy, options.z_loss * lse.square()))
-    predicted = logits.detach().argmax(-1) if logits.shape[-1] else block.index
+    predicted = logits.detach().argmax(-1) if logits.shape[-1] else block.place
     return Metrics(lse, entropy, predicted.masked_fill(block.ignored, -1), z)
 
 
@@ -295,12 +295,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, weight: Tensor | None = Non
         divide = divisor(labels, weight, ignore_index) if reduction == "mean" else None
         # The mean's division goes into the pass that writes the gradient, and saves another; but
         # not in float16, whose small numbers would vanish before a loss scale lifts them.
-        fold = divide is not None and logits.dtype != torch.float16
+        early, late = (None, divide) if logits.dtype == torch.float16 else (divide, None)
         losses, _, metrics, predicted = overwrite(
-            gradient, labels, weight, 1.0 / divide if fold else None, return_metrics, *options)
+            gradient, labels, weight, None if early is None else 1.0 / early, return_metrics,
+            *options)
         loss = losses if reduction == "none" else losses.sum()
-        loss = _attach(logits, gradient, loss / divide if fold else loss)
-        loss = loss if fold or divide is None else loss / divide
+        loss = _attach(logits, gradient, loss if early is None else loss / early)
+        loss = loss if late is None else loss / late
     else:
         losses, _, metrics, predicted = losses_of(logits, labels, weight, return_metrics, *options)
         loss = reduce(losses, labels, weight, ignore_index, reduction)
@@ -363,8 +364,8 @@ KERNEL = Kernel(
         "in place": {"inplace": True},
         "in place, none": {"inplace": True, "reduction": "none", "ignored": 0.4},
         "in place, every option": {"inplace": True, "label_smoothing": 0.1, "z_loss": 1e-3,
-                                   "softcap": 5.0, "ignore_index": 1, "reduction": "mean",
-                                   "logit_scale": 1.5, "weighted": True, "return_metrics": True},
+                                   "softcap": 5.0, "ignored": 0.3, "logit_scale": 1.5,
+                                   "weighted": True, "return_metrics": True},
     },
     overflow_shape=(3, 9),
     floor_bytes=floor_bytes, floor_flops=floor_flops,

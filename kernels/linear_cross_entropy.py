@@ -303,17 +303,18 @@ def _ready(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None,
             (), 1.0 if grad_scale is None else grad_scale, dtype=wide, device=hidden.device)
     # The mean's division goes into the pass that writes the gradient, and saves another; but not
     # in float16, whose small numbers would vanish before a loss scale lifts them.
-    fold = divide is not None and (promised is not None or hidden.dtype != torch.float16)
+    early, late = (None, divide) if promised is None and hidden.dtype == torch.float16 \
+        else (divide, None)
     scale = promised
-    if fold and divide is not None:
-        scale = (1.0 if promised is None else promised) / divide.to(wide)
+    if early is not None:
+        scale = (1.0 if promised is None else promised) / early.to(wide)
     losses, metrics, predicted, *found = _gradients(
         hidden.detach(), weight.detach(), labels, None if bias is None else bias.detach(),
         ce_weight, scale, main_grad if want[1] else None, watch, want, chunk_size, parts, *options)
     loss = losses.sum()
-    loss = loss / divide if fold and divide is not None else loss
-    loss = _attach(loss, hidden, weight, bias, *found, promised, parts)
-    return loss if fold or divide is None else loss / divide, metrics, predicted
+    loss = _attach(loss if early is None else loss / early, hidden, weight, bias, *found, promised,
+                   parts)
+    return loss if late is None else loss / late, metrics, predicted
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: float = 0.0,
