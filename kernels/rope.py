@@ -23,6 +23,10 @@ from fastllm.kernels._rotary import load_angles, load_pairs, store_pairs, turn
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
 from fastllm.kernels._triton import cdiv, jit, next_power_of_2, require, tl
 
+# More than any configuration needs: without a number the assembler sometimes spills a few to fit
+# one more program on a multiprocessor.
+REGISTERS = 96
+
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *,
               position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None,
@@ -94,7 +98,8 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
         _kernel[(batch * blocks,)](
             q, k, q_out, k_out, *arguments, blocks, *q.stride(), *k.stride(), POSITIONS=positions,
             BACKWARD=backward, INTERLEAVED=interleaved, Q_HEADS=q_heads, K_HEADS=k_heads, DIM=dim,
-            HALF=half, REST=next_power_of_2(dim - 2 * half) if dim > 2 * half else 0, **tile)
+            HALF=half, REST=next_power_of_2(dim - 2 * half) if dim > 2 * half else 0,
+            maxnreg=REGISTERS, **tile)
     return q_out, k_out
 
 
