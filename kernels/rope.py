@@ -272,7 +272,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, positions: st
     cos, sin = (factor * table for table in rope_tables(tokens[-1] + 3 * packed, turning,
                                                         device=device))
     if positions == "rows":
-        cos, sin = (table[place % 5] for table in (cos, sin))
+        cos, sin = (table[place % min(5, len(table))] for table in (cos, sin))
     return Call((q.requires_grad_(), k.requires_grad_(), cos, sin), options)
 
 
