@@ -326,14 +326,11 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, ignored: floa
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, *, inplace: bool = False,
-                ignored: float = 0.2, weighted: bool = False, **_: Any) -> int:
-    """One read of the logits forward, a read and a write backward; in place all is forward.
-    Ignored rows are not read, but their gradients are written."""
+                weighted: bool = False, **_: Any) -> int:
+    """One read of the logits forward, a read and a write backward; in place all is forward."""
     tokens, vocab = shape
-    read = (1 - min(ignored, 1.0)) * tokens
-    rows = {"forward": read + tokens if inplace else read,
-            "backward": 0 if inplace else read + tokens}[direction]
-    return round(dtype.itemsize * vocab * rows) + 12 * tokens + 4 * vocab * weighted
+    passes = {"forward": 2 if inplace else 1, "backward": 0 if inplace else 2}[direction]
+    return dtype.itemsize * tokens * vocab * passes + 12 * tokens + 4 * vocab * weighted
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, *, inplace: bool = False,
