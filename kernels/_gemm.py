@@ -238,7 +238,9 @@ def nf4_product(x: Tensor, packed: Tensor, absmax: Tensor, group_scale: Tensor |
     if not rows or not columns:
         return out
     tile_rows = min(64, _rows_tile(rows, x.dtype))
-    blocks = max(1, 64 // block)
+    # Few rows: wider tiles in fewer warps keep 16 bytes a thread in each access to x and out.
+    few = tile_rows < 64 and x.dtype != torch.float32
+    blocks = max(1, (128 if few else 64) // block)
     other = 32 if x.dtype == torch.float32 else 64
     double = group_scale is not None
     across = cdiv(columns, other if transposed else blocks * block)
@@ -247,6 +249,6 @@ def nf4_product(x: Tensor, packed: Tensor, absmax: Tensor, group_scale: Tensor |
             x, packed, absmax, group_scale if double else absmax, mean if double else absmax,
             x if bias is None else bias, out, rows, columns, inner, width, x.stride(0),
             DOUBLE=double, TRANSPOSED=transposed, BIAS=bias is not None, PRECISION=_precision(x),
-            ROWS=tile_rows, OTHER=other, BLOCKS=blocks, HALF=block // 2, GROUP=GROUP, num_warps=8,
-            num_stages=3)
+            ROWS=tile_rows, OTHER=other, BLOCKS=blocks, HALF=block // 2, GROUP=GROUP,
+            num_warps=4 if few else 8, num_stages=3)
     return out
