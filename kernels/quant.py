@@ -286,6 +286,8 @@ def _inputs(shape: Shape, device, generator, quantize: Any, options: dict[str, A
     weight = normal((rows, columns), torch.float32, device, generator, grad=False,
                     scale=columns**-0.5)
     weight.view(-1, 32)[:1] = 0.0  # a block of zeros has absmax 0
+    if quantize is quantize_int8:
+        options.pop("double_quant", None)
     return quantize(weight, **{"block_size": 64 if columns % 64 == 0 else 32, **options})
 
 
