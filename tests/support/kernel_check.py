@@ -90,7 +90,7 @@ def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
         if not c.numel():
             continue
         if not a.is_floating_point():
-            assert torch.equal(a, b), f"tensor {i} differs"
+            assert torch.equal(a, b) or _same_codes(a, b), f"tensor {i} differs"
             continue
         exact = c.double()
         assert torch.equal(a.isnan(), exact.isnan()), f"tensor {i}: NaN in other places"
@@ -108,6 +108,15 @@ def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
             assert norm(ours) <= allowed, (
                 f"tensor {i} ({tuple(a.shape)} {a.dtype}): {name} error {norm(ours):.3e}, allowed "
                 f"{allowed:.3e} (reference {norm(theirs):.3e}, size {size:.3e})")
+
+
+def _same_codes(a: Tensor, b: Tensor) -> bool:
+    """8-bit codes of float32 numbers whose last bits differ: where such a number lies at the border
+    of two codes, which is rare, the codes are neighbours."""
+    if a.dtype not in (torch.int8, torch.uint8):
+        return False
+    apart = (a.int() - b.int()).abs()
+    return bool(apart.max() <= 1) and int(apart.sum()) <= 1 + a.numel() // 1000
 
 
 def check(kernel: Kernel, function: Callable[..., Any], call: Call) -> None:
