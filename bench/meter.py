@@ -191,9 +191,10 @@ class Meter(TorchDispatchMode):
             entry = self.aten.setdefault(function.overloadpacket.__name__, [0, 0])
             entry[0] += 1
             entry[1] += size
-        if function.overloadpacket in flop_registry:
-            self.aten_flops += flop_registry[function.overloadpacket](
-                *args, **kwargs, out_val=result)
+        # addmm_ and its like are counted as what they are in place of.
+        product = getattr(torch.ops.aten, function.overloadpacket.__name__.rstrip("_"), None)
+        if product in flop_registry:
+            self.aten_flops += flop_registry[product](*args, **kwargs, out_val=result)
         return result
 
     @contextmanager

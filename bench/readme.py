@@ -1,7 +1,7 @@
-"""Writes the tables of README.md from the JSON files under bench/results; `--check` only compares.
+"""Writes the tables of the pages from the JSON files under bench/results; `--check` only compares.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. No figure in README.md is typed
-by hand: tests/test_readme.py runs the check.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. No measured figure in README.md
+or docs/kernels.md is typed by hand: tests/test_readme.py runs the check.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -64,25 +65,134 @@ def demo() -> str:
         ["`xz -9`", f"{result['xz_bpb']:.3f}"]])
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"train": train, "optim": optim, "demo": demo}
+def _traffic() -> dict[tuple[str, ...], dict[str, dict[str, dict]]]:
+    """Rows of the last shape of each op and option: contender -> direction -> row."""
+    last: dict[tuple[str, str], list[int]] = {}
+    rows = load("interpreter/traffic")["rows"]
+    for row in rows:
+        last[row["kernel"], row["options"]] = row["shape"]
+    found: dict[tuple[str, ...], dict[str, dict[str, dict]]] = {}
+    for row in rows:
+        if row["shape"] == last[row["kernel"], row["options"]]:
+            key = f"{row['kernel']} {row['options']}".strip(), "x".join(map(str, row["shape"]))
+            found.setdefault(key, {}).setdefault(row["contender"], {})[row["direction"]] = row
+    return found
+
+
+def _over(rows: list[dict], what: str, floor: str) -> str:
+    """What these rows count together, over their floor."""
+    least = sum(row[floor] for row in rows)
+    counted = sum(row[what] + (row["aten_bytes"] if floor == "floor_bytes" else 0) for row in rows)
+    return f"{counted / least:.2f}" if rows and least else "-"
+
+
+def _elsewhere(rows: dict[str, dict]) -> bool:
+    """Whether the backward's work is done in the forward: only the two together say something."""
+    row = rows.get("backward")
+    return row is not None and row["unique"] + row["aten_bytes"] < 0.97 * row["floor_bytes"]
+
+
+def _traffic_rows(bound: str) -> list[tuple[str, list[dict], list[dict]]]:
+    """A line of the table each: its name, our rows, Liger's."""
+    lines = []
+    for (name, shape), contenders in _traffic().items():
+        ours, liger = contenders["ours"], contenders.get("liger", {})
+        if next(iter(ours.values()))["bound"] != bound:
+            continue
+        lone = [] if _elsewhere(ours) else [[part] for part in ours]
+        both = [["forward", "backward"]] if _elsewhere(ours) or _elsewhere(liger) else []
+        for parts in lone + both:
+            title = f"{name} {shape} {' + '.join(parts)}"
+            lines.append((title, [ours[p] for p in parts],
+                          [liger[p] for p in parts if p in liger]))
+    return lines
+
+
+def traffic() -> str:
+    """Bytes over the floor, ours and Liger's, of the ops that are bound by bytes."""
+    rows = [[title, str(sum(r["launches"] for r in ours)),
+             *(_over(part, what, "floor_bytes") for what in ("unique", "requested")
+               for part in (ours, liger))]
+            for title, ours, liger in _traffic_rows("bytes")]
+    head = ["bytes over the floor", "launches", "moved", "moved, Liger", "requested",
+            "requested, Liger"]
+    return table(head, rows)
+
+
+def products() -> str:
+    """The same of the ops bound by products, whose FLOPs count first."""
+    rows = [[title, str(sum(r["launches"] for r in ours)),
+             *(_over(part, "flops", "floor_flops") for part in (ours, liger)),
+             *(_over(part, "unique", "floor_bytes") for part in (ours, liger))]
+            for title, ours, liger in _traffic_rows("flops")]
+    return table(["ops made of products", "launches", "FLOPs", "FLOPs, Liger", "bytes",
+                  "bytes, Liger"], rows)
+
+
+def above_floor() -> str:
+    """The directions that the gate lets through above their floor, and why."""
+    reasons = [[f"{name} {direction}", row["above_floor"]]
+               for (name, _), contenders in _traffic().items()
+               for direction, row in contenders["ours"].items() if row["above_floor"]]
+    if not reasons:
+        return "None.\n"
+    return "".join(f"- {name}: {reason}\n" for name, reason in reasons)
+
+
+LAUNCH = re.compile(r"(liger )?(\S+) (.*?) ?(\d+(?:x\d+)*) (\S+)(?: #\d+)? sm_(\d+)")
+
+
+def audit() -> str:
+    """Machine code: each Triton function at the launch that takes the most registers."""
+    path = max((RESULTS / "audit").glob("triton-*.json"),
+               key=lambda path: tuple(map(int, re.findall(r"\d+", path.stem))))
+    worst: dict[tuple[str, str], dict[int, dict]] = {}
+    spilt = {"": [0, 0], "liger ": [0, 0]}
+    for key, facts in json.loads(path.read_text(encoding="utf-8")).items():
+        liger, kernel, _, shape, function, arch = LAUNCH.fullmatch(key).groups()
+        by_arch = worst.setdefault((f"{liger or ''}{kernel}", function), {})
+        if facts["registers"] >= by_arch.get(int(arch), facts)["registers"]:
+            by_arch[int(arch)] = facts | {"shape": shape}
+        spilt[liger or ""][0] += 1
+        spilt[liger or ""][1] += bool(facts["spills"])
+    rows = []
+    for (kernel, function), by_arch in sorted(
+            worst.items(), key=lambda item: item[0][0].removeprefix("liger ").split()[0]):
+        facts = by_arch[90]
+        widest = [max(map(int, facts[name]), default=0) for name in ("loads", "stores")]
+        rows.append([f"{kernel.replace('liger', 'Liger')} `{function.lstrip('_')}`", facts["shape"],
+                     str(facts["warps"]), " / ".join(str(f["registers"]) for f in by_arch.values()),
+                     str(max(f["spills"] for f in by_arch.values())), f"{facts['occupancy']:.2f}",
+                     f"{facts['shared']:,}", str(facts["tensor_core"] or "-"),
+                     " / ".join(str(bits or "-") for bits in widest)])
+    note = (f"\n{path.stem.replace('-', ' ').title()}. Launches that spill: {spilt[''][1]} of "
+            f"{spilt[''][0]}; of Liger's {spilt['liger '][1]} of {spilt['liger '][0]}.\n")
+    return table(["launch", "shape", "warps", "registers sm_80 / 90 / 100", "spills", "occupancy",
+                  "shared bytes", "tensor-core", "widest load / store"], rows) + note
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "train": train, "optim": optim, "demo": demo, "traffic": traffic, "products": products,
+    "above_floor": above_floor, "audit": audit}
 
 
 def render(text: str) -> str:
-    """README.md with every section made anew. Raises KeyError for a section that nobody makes."""
+    """A page with every section made anew. Raises KeyError for a section that nobody makes."""
     return SECTION.sub(lambda m: m[1] + SECTIONS[m[2]]() + m[3], text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is stale")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page is stale")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = render(before)
-    if options.check and after != before:
-        sys.exit("README.md does not match bench/results: run python bench/readme.py")
-    if not options.check:
-        path.write_text(after, encoding="utf-8")
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if options.check and after != before:
+            sys.exit(f"{path.relative_to(ROOT)} does not match bench/results: "
+                     "run python bench/readme.py")
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

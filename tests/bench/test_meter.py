@@ -89,7 +89,8 @@ def test_products_count_wherever_they_are_made():
     with Meter() as meter:
         _product[(1,)](a, a, torch.empty(16, 16), N=16)
         torch.nn.functional.linear(torch.ones(3, 5), torch.ones(7, 5), torch.ones(7))
-    assert meter.flops == 2 * 16**3 + 2 * 3 * 5 * 7
+        torch.ones(3, 7).addmm_(torch.ones(3, 5), torch.ones(5, 7))
+    assert meter.flops == 2 * 16**3 + 2 * (2 * 3 * 5 * 7)
 
 
 @pytest.mark.parametrize(("run", "expected"), [

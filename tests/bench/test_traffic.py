@@ -55,6 +55,14 @@ def test_a_reason_excuses_and_must_be_needed():
     assert not list(traffic.offenders(option, rows() + rows(1000, 3000, options="long")))
 
 
+def test_in_brief_what_is_gated_is_counted():
+    option = kernel(bench_options={"long": {}})
+    assert len(traffic.cases(option, ["ours", "liger"])) == 2 * 2 * 2
+    assert {case.shape for case in traffic.cases(option, ["ours"], brief=True)} == {(4, 8)}
+    products = kernel(bound="flops")
+    assert {case.shape for case in traffic.cases(products, ["ours"], brief=True)} == {(2, 8)}
+
+
 def test_small_shapes_and_products_are_not_gated():
     assert not list(traffic.offenders(kernel(), rows(5000, shape=(2, 8))))
     assert not list(traffic.offenders(kernel(bound="flops"), rows(5000)))
@@ -62,15 +70,21 @@ def test_small_shapes_and_products_are_not_gated():
 
 
 def test_only_what_is_worse_than_the_file_is_refused():
-    assert not list(traffic.stale(rows(), rows()))
-    assert not list(traffic.stale(rows(1010), rows(1000)))
-    assert "unique 1010" in "\n".join(traffic.stale(rows(1000), rows(1010)))
-    assert "not in traffic.json" in "\n".join(traffic.stale([], rows()))
-    assert "no longer" in "\n".join(traffic.stale(rows() + rows(options="gone"), rows()))
+    small = rows(shape=(2, 8))  # known, but not counted in brief
+
+    def said(old, new):
+        known = {("toy", "", (2, 8)), ("toy", "", (4, 8))}
+        return "\n".join(traffic.stale(old, new, known))
+
+    assert not said(small + rows(), rows())
+    assert not said(rows(1010), rows(1000))
+    assert "unique 1010" in said(rows(1000), rows(1010))
+    assert "not in traffic.json" in said([], rows())
+    assert "no longer" in said(rows() + rows(options="gone"), rows())
+    assert "no longer" in said(rows() + rows(shape=(3, 8)), rows())
     liger = [{**row, "contender": "liger", "unique": 9} for row in rows()]
-    assert not list(traffic.stale(rows() + liger, rows()))
-    other = [{**row, "floor_bytes": 7} for row in liger]
-    assert "another floor" in "\n".join(traffic.stale(rows() + other, rows()))
+    assert not said(rows() + liger, rows())
+    assert "another floor" in said(rows() + [{**row, "floor_bytes": 7} for row in liger], rows())
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the meter counts in the interpreter")
