@@ -139,6 +139,15 @@ def above_floor() -> str:
     return "".join(f"- {name}: {reason}\n" for name, reason in reasons)
 
 
+def memory() -> str:
+    """Peak memory of the linear loss, forward and backward, beyond its arguments."""
+    rows = load("interpreter/memory")["worked_out"]
+    names = list(rows[0]["bytes"])
+    return table(["MiB, T x H x V", *names], [
+        [" x ".join(map(str, row["shape"])),
+         *(f"{row['bytes'][name] / 2**20:,.0f}" for name in names)] for row in rows])
+
+
 LAUNCH = re.compile(r"(liger )?(\S+) (.*?) ?(\d+(?:x\d+)*) (\S+)(?: #\d+)? sm_(\d+)")
 
 
@@ -173,7 +182,7 @@ def audit() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "train": train, "optim": optim, "demo": demo, "traffic": traffic, "products": products,
-    "above_floor": above_floor, "audit": audit}
+    "above_floor": above_floor, "memory": memory, "audit": audit}
 
 
 def render(text: str) -> str:
