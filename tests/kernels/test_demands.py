@@ -9,7 +9,6 @@ from fastllm import ops
 from fastllm.kernels._spec import Call
 
 by_kernel = pytest.mark.parametrize("kernel", kc.KERNELS, ids=lambda kernel: kernel.name)
-KEY = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, kc.DEVICE.upper()))
 WAITS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal",
          "unique2", "_unique2", "unique_dim", "unique_consecutive"}
 
@@ -33,7 +32,7 @@ class NoWaiting(TorchDispatchMode):
         assert name not in WAITS and not by_mask, f"{name} waits for the GPU"
         if function.namespace == "fastllm":
             with self:  # a custom operator's implementation, seen from the inside
-                return function.redispatch(KEY, *args, **(kwargs or {}))
+                return function.redispatch(kc.KEY, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 

@@ -4,8 +4,6 @@ import kernel_check as kc
 import pytest
 import torch
 from kernel_check import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastllm import ops
 from fastllm.kernels import jsd as module
@@ -190,34 +188,19 @@ def test_arguments_that_do_not_fit_raise():
 # ------------------------------------------------------------------------ from hidden states
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        # The interpreter moves bytes about; what counts is numbers.
-        self.elements = max([self.elements, *(x.numel() for x in found if x.is_floating_point())])
-        return result
-
-
 @pytest.mark.parametrize("factor", [torch.ones((), device=DEVICE), torch.ones(64, device=DEVICE)])
 def test_the_logits_are_never_whole(factor):
     tokens, vocab, chunk = 64, 50, 8
     call = kc.make(linear.KERNEL, (tokens, 4, 6, vocab), torch.float32)
     tensors = [t.detach() for t in call.args]
-    with Largest() as largest:
+    with kc.Largest() as largest:
         linear._loop(*tensors, factor, (0.5, 1.0, -100), chunk, (True, True))
     assert largest.elements <= chunk * vocab
 
 
 def test_the_plain_loop_divides_too():
     call = kc.make(linear.KERNEL, (64, 4, 6, 50), torch.float32)
-    with Largest() as largest:
+    with kc.Largest() as largest:
         linear.plain(*call.args, chunk_size=8).backward()
     assert largest.elements <= 8 * 50
 

@@ -4,8 +4,6 @@ import kernel_check as kc
 import pytest
 import torch
 from kernel_check import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastllm import ops
 from fastllm.kernels import _chunks as chunks
@@ -166,27 +164,12 @@ def test_arguments_that_do_not_fit_raise():
 # ------------------------------------------------------------------------ from hidden states
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        # The interpreter moves bytes about; what counts is numbers.
-        self.elements = max([self.elements, *(x.numel() for x in found if x.is_floating_point())])
-        return result
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_logits_are_never_whole(backend):
     tokens, width, vocab, chunk = 64, 4, 50, 8
     call = kc.make(linear.KERNEL, (tokens, width, vocab), torch.float32, chunk_size=chunk)
     hidden, weight, labels = call.args
-    with Largest() as largest, torch.no_grad():
+    with kc.Largest() as largest, torch.no_grad():
         if backend == "reference":
             with torch.enable_grad():
                 linear.plain(hidden, weight, labels, chunk_size=chunk).sum().backward()
