@@ -61,8 +61,9 @@ FLOAT64 = r"\bD(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|\bMUFU\.\w*64H\b|\.F64\b"
 TILE_16 = r"tensor<(?:\d+x)*(\d+)x!tt\.ptr<b?f16>"
 
 
-def launches(kernel: Kernel, contender: str) -> dict[str, tuple[JITFunction, tuple, dict]]:
-    """What the launchers launch, by "OPTIONS SHAPE FUNCTION"."""
+def launches(kernel: Kernel, contender: str,
+             arch: int) -> dict[str, tuple[JITFunction, tuple, dict]]:
+    """What the launchers launch on an architecture, by "OPTIONS SHAPE FUNCTION"."""
     recorded: list[tuple[JITFunction, tuple, dict]] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -70,6 +71,7 @@ def launches(kernel: Kernel, contender: str) -> dict[str, tuple[JITFunction, tup
 
     stock, JITFunction.run = JITFunction.run, record
     reason, _triton.why_not = _triton.why_not, lambda device: ""
+    target, _triton.TARGET = _triton.TARGET, arch
     found, seen = {}, set()
     try:
         for options in ("", *kernel.bench_options):
@@ -78,7 +80,7 @@ def launches(kernel: Kernel, contender: str) -> dict[str, tuple[JITFunction, tup
                 _call(kernel, options, shape, contender)
                 label = f"{options} {'x'.join(map(str, shape))}".strip()
                 for function, args, kwargs in recorded:
-                    source, choice = specialised(function, args, kwargs, 90)
+                    source, choice = specialised(function, args, kwargs, arch)
                     name = f"{label} {function.__name__}"
                     same = source.hash() + str(sorted(choice.items()))
                     if same not in seen:
@@ -86,7 +88,7 @@ def launches(kernel: Kernel, contender: str) -> dict[str, tuple[JITFunction, tup
                         times = sum(key.split(" #")[0] == name for key in found)
                         found[name + (f" #{times + 1}" if times else "")] = function, args, kwargs
     finally:
-        JITFunction.run, _triton.why_not = stock, reason
+        JITFunction.run, _triton.why_not, _triton.TARGET = stock, reason, target
     return found
 
 
@@ -175,7 +177,7 @@ def audit(kernel_name: str, contender: str, arch: int) -> dict[str, dict[str, An
     results: dict[str, dict[str, Any] | str] = {}
     prefix = kernel.name if contender == "ours" else f"{contender} {kernel.name}"
     try:
-        found = launches(kernel, contender)
+        found = launches(kernel, contender, arch)
     except Exception as error:
         return {prefix: f"cannot be recorded: {type(error).__name__}: {error}".splitlines()[0]}
     for name, launch in found.items():

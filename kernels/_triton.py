@@ -13,6 +13,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     _MISSING = f"triton cannot be imported ({error}); install it with: pip install 'triton>=3.6'"
 
@@ -29,6 +30,7 @@ except ImportError as error:
             raise RuntimeError(_MISSING)
 
     triton = tl = _Absent()
+    TensorDescriptor = _Absent()
     INTERPRETED = False
 else:
     _MISSING = ""
@@ -88,6 +90,18 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# What is compiled for where there is no GPU: tests and the audit set it.
+TARGET = 90
+
+
+def architecture(device: torch.device) -> int:
+    """A GPU's compute capability times ten; TARGET where there is none."""
+    if device.type != "cuda":
+        return TARGET
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def warps_for(elements: int, per_thread: int = 8, most: int = 32) -> int:
