@@ -24,17 +24,15 @@ from fastllm.kernels._attention_launch import (
     strides,
     unit_stride,
 )
-from fastllm.kernels._attention_tables import tiles_of
+from fastllm.kernels._attention_tables import Name, tiles_of
 from fastllm.kernels._attention_tiles import (
     fetch_tile,
     horizon,
     load_numbers,
     load_tile,
     locate,
-    rounds_of,
     squash,
     store_tile,
-    tile_of,
     visible_range,
     within,
 )
@@ -69,19 +67,20 @@ def _rows_kernel(out, grad, lse, grad_lse, delta, log, tokens, heads, out_batch,
 
 @jit
 def _queries_kernel(q, k, v, do, q_desc, k_desc, v_desc, do_desc, dq_desc, log, delta, dq, rows,
-                    pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps, q_tokens, k_tokens,
-                    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-                    do_batch, do_token, do_head, left, right, factor, inner, scale,
+                    pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps, q_tokens,
+                    k_tokens, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token,
+                    v_head, do_batch, do_token, do_head, left, right, factor, inner, scale,
                     GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr,
                     OTHER: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
                     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
                     TMA: tl.constexpr, PRECISE: tl.constexpr, PRECISION: tl.constexpr):
-    """dq: tiles of OWN queries of one head, last blocks first; dq is contiguous."""
+    """dq: one program a tile of OWN queries of one head, last blocks first; dq is contiguous."""
     if PACKED:
         rows = tl.load(starts + sequences + 1)
-    for turn in range(rounds_of(rows * pairs)):
+    tile = tl.program_id(0).to(tl.int32)
+    if tile < rows * pairs:
         batch, head, block, q_first, queries, k_first, keys = locate(
-            tile_of(turn), rows, pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps,
+            tile, rows, pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps,
             q_tokens, k_tokens, PACKED, True)
         first, kv = block * OWN, head // GROUP
         begin, whole, partial, end = visible_range(first, queries, keys, left, right, OWN, OTHER,
@@ -127,18 +126,18 @@ def _queries_kernel(q, k, v, do, q_desc, k_desc, v_desc, do_desc, dq_desc, log, 
 
 @jit
 def _keys_kernel(q, k, v, do, q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, log, delta, dk,
-                 dv, dq, rows, pairs, span, heads, starts, k_bounds, q_bounds, sequences, steps, k_tokens, q_tokens,
-                 q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-                 do_batch, do_token, do_head, left, right, factor, inner, scale,
+                 dv, dq, rows, pairs, span, heads, starts, k_bounds, q_bounds, sequences, steps,
+                 k_tokens, q_tokens, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch,
+                 v_token, v_head, do_batch, do_token, do_head, left, right, factor, inner, scale,
                  GROUP: tl.constexpr, DIM: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
                  WIDTH: tl.constexpr, PACKED: tl.constexpr, LEFT: tl.constexpr,
                  RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, TMA: tl.constexpr,
                  PRECISE: tl.constexpr, PRECISION: tl.constexpr):
-    """dk and dv: a tile of OWN keys of one head, first blocks first, over its GROUP query heads.
+    """dk and dv: one program a tile of OWN keys of one head, first blocks first, over its GROUP
+    query heads.
 
     All results are contiguous; to dq (float32, not scaled yet), if given, parts are added. Scores
-    are held as (keys, queries), so that P and dS are left operands as they come. One program a
-    tile: a loop over tiles around this one leaves too few registers.
+    are held as (keys, queries), so that P and dS are left operands as they come.
     """
     if PACKED:
         rows = tl.load(starts + sequences + 1)
@@ -218,7 +217,7 @@ def _rows(out: Tensor, grad: Tensor, lse: Tensor,
     delta, log = torch.empty_like(lse), torch.empty_like(lse)
     width = max(16, next_power_of_2(dim))
     rows = max(16, 8192 // width)
-    by_lse = (0, 0, 0)
+    by_lse: tuple[int, ...] = (0, 0, 0)
     if grad_lse is not None:
         by_lse = (grad_lse.stride(0) if grad_lse.dim() == 3 else 0, *grad_lse.stride()[-2:])
     blocks = cdiv(tokens, rows)
@@ -236,36 +235,40 @@ def backward(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Ten
     if not (q.numel() and k.numel()):
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
-    q, k, v, grad, out = (unit_stride(x) for x in (q, k, v, grad, out))
-    heads, kv_heads, dim = q.shape[-2], k.shape[-2], q.shape[-1]
-    width = max(16, next_power_of_2(dim))
-    longest = options.longest(q, k)
+    tensors = tuple(unit_stride(x) for x in (q, k, v, grad))
     with torch.cuda.device_of(q):
-        delta, log = _rows(out, grad, lse, grad_lse)
-        sums = None if deterministic else torch.zeros(q.shape, dtype=torch.float32,
-                                                      device=q.device)
-        tma = describable(options, q, k, v, grad, dq, dk)
-
-        def launch(kernel: Any, own: str, *results: Tensor, sums: tuple[Tensor | None, ...]) -> None:
-            tiles = tiles_of(own, q, longest[0] if own == "queries" else longest[1])
-            by_query, by_key = (tiles.own, tiles.other) if own == "queries" else (
-                tiles.other, tiles.own)
-            grid, where = schedule(options, q, k, tiles, own)
-            descriptors = (describe(x, tma, rows, width) for x, rows in (
-                (q, by_query), (k, by_key), (v, by_key), (grad, by_query),
-                *((x, tiles.own) for x in results)))
-            kernel[grid](q, k, v, grad, *descriptors, log, delta, *results, *sums, *where,
-                         *strides(q, k, v, grad), *options.scores, options.scale,
-                         GROUP=heads // kv_heads, DIM=dim, OWN=tiles.own, OTHER=tiles.other,
-                         WIDTH=width, **options.flags(q, tma), num_warps=tiles.warps,
-                         num_stages=tiles.stages)
-
-        launch(_keys_kernel, "keys", dk, dv, sums=(sums,))
-        if sums is None:
-            launch(_queries_kernel, "queries", dq, sums=())
+        numbers = _rows(unit_stride(out), tensors[-1], lse, grad_lse)
+        if deterministic:
+            _launch(_keys_kernel, "keys", tensors, numbers, (dk, dv), (None,), options)
+            _launch(_queries_kernel, "queries", tensors, numbers, (dq,), (), options)
         else:
-            torch.mul(sums, options.scale, out=dq)
-    return dq, dk, dv, _sink_gradient(sinks, lse, delta)
+            parts = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            _launch(_keys_kernel, "keys", tensors, numbers, (dk, dv), (parts,), options)
+            torch.mul(parts, options.scale, out=dq)
+    return dq, dk, dv, _sink_gradient(sinks, lse, numbers[0])
+
+
+def _launch(kernel: Any, own: Name, tensors: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
+            results: tuple[Tensor, ...], parts: tuple[Tensor | None, ...],
+            options: Options) -> None:
+    """tensors: q, k, v and the upstream gradient; numbers: `_rows`; parts: what is added to."""
+    q, k = tensors[:2]
+    tma = describable(options, *tensors, *results)
+    strain = options.strain(tma, parts=any(x is not None for x in parts))
+    tiles = tiles_of(own, q, strain, options.longest(q, k)[own == "keys"])
+    by_query, by_key = tiles.own, tiles.other
+    if own == "keys":
+        by_query, by_key = by_key, by_query
+    heights = (by_query, by_key, by_key, by_query, *[tiles.own] * len(results))
+    width = max(16, next_power_of_2(q.shape[-1]))
+    descriptors = (describe(x, tma, height, width)
+                   for x, height in zip((*tensors, *results), heights, strict=True))
+    grid, where = schedule(options, q, k, tiles, own)
+    kernel[grid](*tensors, *descriptors, *reversed(numbers), *results, *parts, *where,
+                 *strides(*tensors), *options.scores, options.scale,
+                 GROUP=q.shape[-2] // k.shape[-2], DIM=q.shape[-1], OWN=tiles.own,
+                 OTHER=tiles.other, WIDTH=width, **options.flags(q, tma), num_warps=tiles.warps,
+                 num_stages=tiles.stages)
 
 
 def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:

@@ -19,10 +19,8 @@ from fastllm.kernels._attention_tiles import (
     fetch_tile,
     horizon,
     locate,
-    rounds_of,
     squash,
     store_tile,
-    tile_of,
     visible_range,
     within,
 )
@@ -31,23 +29,24 @@ from fastllm.kernels._triton import jit, next_power_of_2, tl
 
 @jit
 def _forward_kernel(q, k, v, q_desc, k_desc, v_desc, out_desc, out, lse, sinks, rows, pairs,
-                    span, heads, starts, q_bounds, k_bounds, sequences, steps, q_tokens, k_tokens, q_batch,
-                    q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, left,
-                    right, factor, inner, GROUP: tl.constexpr, DIM: tl.constexpr,
+                    span, heads, starts, q_bounds, k_bounds, sequences, steps, q_tokens, k_tokens,
+                    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+                    left, right, factor, inner, GROUP: tl.constexpr, DIM: tl.constexpr,
                     OWN: tl.constexpr, OTHER: tl.constexpr, WIDTH: tl.constexpr,
                     PACKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                     SOFTCAP: tl.constexpr, TMA: tl.constexpr, PRECISE: tl.constexpr,
                     PRECISION: tl.constexpr):
-    """Tiles of OWN queries of one head, last blocks first; out and lse are contiguous.
+    """One program a tile of OWN queries of one head, last blocks first; out and lse are contiguous.
 
     total: values weighted by 2^(score - top); weight: the sum of those; top: the largest score so
     far, in base 2.
     """
     if PACKED:
         rows = tl.load(starts + sequences + 1)
-    for turn in range(rounds_of(rows * pairs)):
+    tile = tl.program_id(0).to(tl.int32)
+    if tile < rows * pairs:
         batch, head, block, q_first, queries, k_first, keys = locate(
-            tile_of(turn), rows, pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps,
+            tile, rows, pairs, span, heads, starts, q_bounds, k_bounds, sequences, steps,
             q_tokens, k_tokens, PACKED, True)
         first, kv = block * OWN, head // GROUP
         begin, whole, partial, end = visible_range(first, queries, keys, left, right, OWN, OTHER,
@@ -108,16 +107,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     if not out.numel():
         return out, lse
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    heads, dim = q.shape[-2:]
-    width = max(16, next_power_of_2(dim))
-    tiles = tiles_of("forward", q, options.longest(q, k)[0])
+    width = max(16, next_power_of_2(q.shape[-1]))
     tma = describable(options, q, k, v, out)
+    tiles = tiles_of("forward", q, options.strain(tma), options.longest(q, k)[0])
     with torch.cuda.device_of(q):
         grid, where = schedule(options, q, k, tiles, "queries")
-        descriptors = (describe(x, tma, rows, width) for x, rows in (
+        descriptors = (describe(x, tma, height, width) for x, height in (
             (q, tiles.own), (k, tiles.other), (v, tiles.other), (out, tiles.own)))
         _forward_kernel[grid](
             q, k, v, *descriptors, out, lse, sinks, *where, *strides(q, k, v), *options.scores,
-            GROUP=heads // k.shape[-2], DIM=dim, OWN=tiles.own, OTHER=tiles.other, WIDTH=width,
-            **options.flags(q, tma), num_warps=tiles.warps, num_stages=tiles.stages)
+            GROUP=q.shape[-2] // k.shape[-2], DIM=q.shape[-1], OWN=tiles.own, OTHER=tiles.other,
+            WIDTH=width, **options.flags(q, tma), num_warps=tiles.warps, num_stages=tiles.stages)
     return out, lse

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.kernels._attention_tables import Tiles
+from fastllm.kernels._attention_tables import Name, Tiles
 from fastllm.kernels._attention_tiles import plan_kernel
-from fastllm.kernels._triton import TensorDescriptor, architecture, cdiv, multiprocessors
+from fastllm.kernels._triton import TensorDescriptor, architecture, cdiv
 
 LOG2E = 1.4426950408889634
 CHUNK = 1024
@@ -44,6 +44,10 @@ class Options:
             return self.left, self.right, self.softcap * LOG2E, self.scale / self.softcap
         return self.left, self.right, self.scale * LOG2E, 1.0
 
+    def strain(self, tma: bool, parts: bool = False) -> int:
+        """What `tiles_of` goes by."""
+        return 2 if self.softcap > 0 or parts else 0 if tma else 1
+
     def longest(self, q: Tensor, k: Tensor) -> tuple[int, int]:
         """The most queries and keys that a sequence has, as far as the host knows."""
         queries, keys = q.shape[-3], k.shape[-3]
@@ -52,13 +56,13 @@ class Options:
 
 
 def schedule(options: Options, q: Tensor, k: Tensor, tiles: Tiles,
-             own: str) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+             own: Name) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """The grid of a launch over tiles of "queries" or "keys", and what `locate` takes of it."""
     batch = q.shape[0] if q.dim() == 4 else 1
     heads, kv_heads = q.shape[-2], k.shape[-2]
     longest = options.longest(q, k)
     row_bytes = 2 * q.shape[-1] * q.element_size()
-    if own == "queries":  # the heads of a group share the keys and values that they read
+    if own != "keys":  # the heads of a group share the keys and values that they read
         mine, theirs, tokens = options.q_bounds, options.k_bounds, (q.shape[-3], k.shape[-3])
         pairs, at_once = heads, heads // kv_heads
         sweep = longest[1] * row_bytes
@@ -69,11 +73,11 @@ def schedule(options: Options, q: Tensor, k: Tensor, tiles: Tiles,
     # Every packed sequence, and the tail, may end in a tile that is not full.
     rows = cdiv(tokens[0], tiles.own) + (0 if mine is None else mine.shape[0])
     span = min(batch * pairs, at_once * max(1, L2_BYTES // max(1, sweep)))
-    programs = min(rows * batch * pairs, tiles.resident * multiprocessors(q.device))
     sequences = 0 if mine is None else mine.shape[0] - 1
     starts = None if mine is None else plan(mine, tokens[0], tiles.own)
-    return (max(1, programs),), (rows, batch * pairs, span, pairs, starts, mine, theirs, sequences,
-                                 sequences.bit_length(), *tokens)
+    where = (rows, batch * pairs, span, pairs, starts, mine, theirs, sequences,
+             sequences.bit_length(), *tokens)
+    return (rows * batch * pairs,), where
 
 
 def plan(bounds: Tensor, tokens: int, block: int) -> Tensor:

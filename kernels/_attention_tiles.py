@@ -1,9 +1,9 @@
 """What the attention kernels share: whose tile it is, which blocks its mask leaves, memory.
 
-A launch is persistent: its P programs take tiles off one list, in every other round from the other
-end, so that long tiles and short ones even out. The list runs through as many heads at a time as
-have keys and values that fit the L2 cache together, and in them from the longest tile of a causal
-mask to the shortest.
+The tiles of a launch are a list, one program each, and a GPU begins them in order as it has room.
+The list runs through as many heads at a time as have keys and values that fit the L2 cache
+together, and in them from the longest tile of a causal mask to the shortest: the short ones fill
+the gaps at the end. (Programs that loop over the list need some 45 more registers, and spill.)
 
 Packed sequences lie behind each other in (T, heads, D). The tokens after the last of them are one
 more sequence, the tail, that sees nothing. A plan says where in the list each sequence's tiles
@@ -27,22 +27,6 @@ def plan_kernel(bounds, starts, sequences, tokens, BLOCK: tl.constexpr, CHUNK: t
         tiles = tl.where(i <= sequences, tl.cdiv(tl.maximum(end - begin, 0), BLOCK), 0)
         tl.store(starts + 1 + i, before + tl.cumsum(tiles, 0), mask=i <= sequences)
         before += tl.sum(tiles, 0)
-
-
-@jit
-def rounds_of(total):
-    """How many of the `total` tiles this program takes."""
-    program, programs = tl.program_id(0).to(tl.int32), tl.num_programs(0)
-    full = total // programs
-    place = tl.where(full % 2 == 0, program, programs - 1 - program)
-    return full + (place < total - full * programs).to(tl.int32)
-
-
-@jit
-def tile_of(turn):
-    """The number of this program's tile in a round."""
-    program, programs = tl.program_id(0).to(tl.int32), tl.num_programs(0)
-    return turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
 
 
 @jit

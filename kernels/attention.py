@@ -12,6 +12,7 @@ Sources: Dao, "FlashAttention-2", arXiv:2307.08691; Xiao et al., "Efficient Stre
 Models with Attention Sinks", arXiv:2309.17453; Gemma 2's softcap, arXiv:2408.00118.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -185,7 +186,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, window: Window | None, softcap: float
     if packed and cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: {shapes}: give cu_seqlens_k where queries and keys are not "
                          "as many")
-    if packed and cu_seqlens_k is not None and cu_seqlens_q.shape != cu_seqlens_k.shape:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and (
+            cu_seqlens_q.shape != cu_seqlens_k.shape):
         raise ValueError(f"attention: cu_seqlens_q {tuple(cu_seqlens_q.shape)} and cu_seqlens_k "
                          f"{tuple(cu_seqlens_k.shape)} count different sequences")
     if sinks is not None and sinks.shape != q.shape[-2:-1]:
@@ -194,7 +196,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, window: Window | None, softcap: float
     if window is not None and (len(window) != 2 or min(window) < -1):
         raise ValueError(f"attention: window {window} must be (left, right), each a number of "
                          "tokens or -1 for no bound")
-    if softcap is not None and not softcap >= 0 or scale is not None and not scale > 0:
+    if (softcap is not None and not softcap >= 0) or (scale is not None and not scale > 0):
         raise ValueError(f"attention: softcap {softcap} must be at least 0 and scale {scale} "
                          "positive")
 
@@ -281,8 +283,7 @@ def pairs(shape: Shape, *, packed: bool = False, causal: bool = False,
     stretches = [(queries, keys)] * batch
     if packed:
         ends = zip(documents(batch * queries), documents(batch * keys), strict=True)
-        starts = list(ends)
-        stretches = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(starts, starts[1:], strict=False)]
+        stretches = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
     total = 0
     for n, m in stretches:
         place = torch.arange(n) + m - n
