@@ -255,12 +255,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     """softmax(scores) v per head; q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), Hq % Hkv == 0.
 
     Packed: q (Tq, Hq, D), k and v (Tk, Hkv, D) with cu_seqlens_q and cu_seqlens_k (N + 1,), the
-    boundaries of the documents; cu_seqlens_k is cu_seqlens_q by default. Query i of n sees the
-    keys from i + Sk - Sq - left to i + Sk - Sq + right, where window is (left, right) and -1 no
-    limit; causal makes right 0. One that sees nothing gets 0. score = scale q.k, by default
-    D^-0.5, and c tanh(score / c) with softcap c. sinks (Hq,): e^sink joins the softmax's
-    denominator. return_lse also returns its logarithm, (B, Hq, Sq) or (Hq, Tq) in fp32.
-    The lengths are not needed, and the result is always deterministic.
+    boundaries of the documents; cu_seqlens_k is cu_seqlens_q by default. window (left, right), -1
+    for no limit: query i sees the keys from i + Sk - Sq - left to i + Sk - Sq + right; causal
+    makes right 0. A query that sees none gets 0. score = scale q.k, with scale D^-0.5 by default;
+    softcap c makes it c tanh(score / c). sinks (Hq,): e^sink joins the sum of the softmax.
+    return_lse: also the logarithm of that sum, (B, Hq, Sq) or (Hq, Tq) in fp32. The lengths are
+    not needed, and the result is deterministic in any case.
     """
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         raise ValueError("attention: cu_seqlens_k without cu_seqlens_q: pass both, or neither")
