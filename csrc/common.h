@@ -71,27 +71,52 @@ FASTLLM_INLINE float fold_max(const float* lanes) {
   return result;
 }
 
-// e^x within 2 ulp: e^x = 2^n e^r with |r| <= ln(2)/2 and the Taylor-like polynomial of Cephes'
-// expf for e^r. Results below the smallest normal number are 0, arguments above 88 count as 88 (so
-// the result is finite), a NaN stays a NaN.
-FASTLLM_INLINE float fast_exp(float x) {
-  const float high = x > 88.0f ? 88.0f : x;
-  const float clamped = high < -87.3f ? -87.3f : high;
+// e^r - 1 for x = n ln(2) + r with |r| <= ln(2)/2 and a whole n: the Taylor-like polynomial of
+// Cephes' expf. n is in the low bits of *shifted.
+FASTLLM_INLINE float reduced_expm1(float x, uint32_t* shifted) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = clamped * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  const float rounded = x * 1.44269504088896341f + kRound;
+  const float n = rounded - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * (r * r) + r) + 1.0f;
-  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
-  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(p) + exponent);
-  const float result = x < -87.3f ? 0.0f : scaled;
-  return x == x ? result : x;
+  *shifted = std::bit_cast<uint32_t>(rounded);
+  return p * (r * r) + r;
+}
+
+// x where `take`, else y. Not `?:`: the compiler would compute each side in a branch of its own,
+// and not vectorise the loop.
+FASTLLM_INLINE float choose(bool take, float x, float y) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(take);
+  return std::bit_cast<float>((std::bit_cast<uint32_t>(x) & mask) |
+                              (std::bit_cast<uint32_t>(y) & ~mask));
+}
+
+// e^x within 2 ulp: 2^n e^r. Results below the smallest normal number are 0, arguments above 88
+// count as 88 (so the result is finite), a NaN stays a NaN.
+FASTLLM_INLINE float fast_exp(float x) {
+  uint32_t shifted;
+  const float p = reduced_expm1(x, &shifted) + 1.0f;
+  const float scaled = p * std::bit_cast<float>((shifted << 23) + 0x3f800000u);
+  const float below = choose(x > 88.0f, 1.6516363e38f, scaled);  // where n does not fit
+  return choose(x < -87.3f, 0.0f, below);
+}
+
+// tanh(x) within 3 ulp, everywhere: e / (e + 2) with e = e^2|x| - 1 = 2^n (e^r - 1) + (2^n - 1),
+// which does not cancel near 0. A NaN stays a NaN.
+FASTLLM_INLINE float fast_tanh(float x) {
+  const uint32_t sign = std::bit_cast<uint32_t>(x) & 0x80000000u;
+  const float size = std::bit_cast<float>(std::bit_cast<uint32_t>(x) ^ sign);
+  uint32_t shifted;
+  const float p = reduced_expm1(2.0f * size, &shifted);
+  const float power = std::bit_cast<float>((shifted << 23) + 0x3f800000u);
+  const float e = p * power + (power - 1.0f);
+  const float result = choose(size > 10.0f, 1.0f, e / (e + 2.0f));  // from 9.1 on it rounds to 1
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(result) | sign);
 }
 
 }  // namespace fastllm

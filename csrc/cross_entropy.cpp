@@ -18,19 +18,6 @@ struct Options {
   float smoothing, z_loss, softcap;  // softcap 0: none
 };
 
-// tanh within a few ulp; the series keeps the relative accuracy near 0 that the quotient loses.
-FASTLLM_INLINE float fast_tanh(float u) {
-  const float u2 = u * u;
-  float series = -1382.0f / 155925.0f;
-  series = series * u2 + 62.0f / 2835.0f;
-  series = series * u2 - 17.0f / 315.0f;
-  series = series * u2 + 2.0f / 15.0f;
-  series = series * u2 - 1.0f / 3.0f;
-  const float near = u + u * u2 * series;
-  const float far = 1.0f - 2.0f / (1.0f + fast_exp(2.0f * u));
-  return u2 < 0.0625f ? near : far;
-}
-
 FASTLLM_INLINE float capped(float x, float softcap) { return softcap * fast_tanh(x / softcap); }
 
 // Loss of one row. Leaves e^(x - max) in `exponentials` where that is not null.

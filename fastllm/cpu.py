@@ -5,6 +5,7 @@ sums in fp32, gives the same bits for any number of threads, and takes float32, 
 float16 (in fp32 inside). The exact fp32 matmul (`linear`) needs no extension.
 """
 
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from fastllm.kernels.grad_norm import coefficient
 
 Reduction = Literal["sum", "mean", "none"]
 _OPS = torch.ops.fastllm_cpu
-_NEEDED = ("rms_norm", "rope", "swiglu", "cross_entropy", "attention", "adamw_step_", "grad_norm",
-           "keep_freed_memory")
+# Ops of the extension, and how many arguments each takes.
+_NEEDED = {"rms_norm": 3, "rope": 5, "swiglu": 2, "cross_entropy": 6, "attention": 10,
+           "attention_backward": 14, "adamw_step_": 15, "grad_norm": 1, "keep_freed_memory": 0}
 
 _LOAD_ERROR = ""
 try:
@@ -31,6 +33,9 @@ else:
     # A checkout that moved on while its built extension stayed behind.
     if missing := [name for name in _NEEDED if not hasattr(_OPS, name)]:
         _LOAD_ERROR = f"it was built from older sources: {', '.join(missing)} not in it"
+    elif other := [name for name, count in _NEEDED.items()
+                   if len(getattr(_OPS, name).default._schema.arguments) != count]:
+        _LOAD_ERROR = f"it was built from older sources: other arguments of {', '.join(other)}"
 
 
 def available() -> bool:
@@ -73,10 +78,11 @@ if available():
 
     @torch.library.register_fake("fastllm_cpu::attention")
     def _(q: Tensor, k: Tensor, v: Tensor, *options: object) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+        rows = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+        return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
 
     @torch.library.register_fake("fastllm_cpu::attention_backward")
-    def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    def _(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
           *rest: object) -> tuple[Tensor, Tensor, Tensor]:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -211,28 +217,69 @@ def swiglu_linear(gate: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, causal, scale):
-        out, lse = _OPS.attention(q, k, v, cu_seqlens, causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.options = causal, scale
-        return out
+    def forward(ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options, return_lse):
+        # cu_seqlens_k None: those of q. (torch.compile does not take one tensor twice.)
+        ends = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        out, lse = _OPS.attention(q, k, v, *ends, sinks, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *ends, sinks)
+        ctx.options = options
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        grads = _OPS.attention_backward(grad, q, k, v, out, lse, cu_seqlens, *ctx.options)
-        return *grads, None, None, None
+    def backward(ctx, grad, grad_lse=None):
+        _, _, _, out, lse, _, _, sinks = ctx.saved_tensors
+        grads = _OPS.attention_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+        need = ctx.needs_input_grad[3]
+        dsinks = _sink_gradient(sinks, lse, out, grad, grad_lse) if need else None
+        return *grads, dsinks, None, None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
-              cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-    """softmax(q k^T scale) v; q (B, S, Hq, D), k and v (B, Skv, Hkv, D), Hq a multiple of Hkv.
+def _sink_gradient(sinks: Tensor, lse: Tensor, out: Tensor, grad: Tensor,
+                   grad_lse: Tensor | None) -> Tensor:
+    """-sum_tokens e^(sink - lse) (grad . out - grad_lse): a sink's probability and no value."""
+    delta = (grad.float() * out.float()).sum(-1).transpose(-1, -2)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    terms = (sinks.float()[:, None] - lse).exp() * delta
+    heads = terms.where(lse != -torch.inf, 0).transpose(0, -2).reshape(len(sinks), -1)
+    # Two sums of the same: torch would share a single one out to its threads, whose number shows.
+    return -heads.expand(2, -1, -1).sum(-1)[0].to(sinks.dtype)
 
-    cu_seqlens (N + 1,) are document boundaries over the B * S tokens (every row start is one):
-    tokens attend within their document. Without it Skv may exceed S (generation with a cache):
-    the last query then sees every key. scale is 1/sqrt(D) by default; max_seqlen is not needed.
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
+              window: tuple[int, int] | None = None, softcap: float | None = None,
+              scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+              cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+              max_seqlen_k: int | None = None, sinks: Tensor | None = None,
+              return_lse: bool = False, deterministic: bool = True) -> Any:
+    """softmax(scores) v per head; q (B, Sq, Hq, D), k and v (B, Sk, Hkv, D), Hq % Hkv == 0.
+
+    Packed: q (Tq, Hq, D), k and v (Tk, Hkv, D) with cu_seqlens_q and cu_seqlens_k (N + 1,), the
+    boundaries of the documents; cu_seqlens_k is cu_seqlens_q by default. window (left, right), -1
+    for no limit: query i sees the keys from i + Sk - Sq - left to i + Sk - Sq + right; causal
+    makes right 0. A query that sees none gets 0. score = scale q.k, with scale D^-0.5 by default;
+    softcap c makes it c tanh(score / c). sinks (Hq,): e^sink joins the sum of the softmax.
+    return_lse: also the logarithm of that sum, (B, Hq, Sq) or (Hq, Tq) in fp32. The lengths are
+    not needed, and the result is deterministic in any case.
     """
-    return _Attention.apply(q, k, v, cu_seqlens, causal, scale)
+    if cu_seqlens_q is None and cu_seqlens_k is not None:
+        raise ValueError("attention: cu_seqlens_k without cu_seqlens_q: pass both, or neither")
+    if cu_seqlens_q is not None and cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} differ in tokens: "
+                         "pass cu_seqlens_k too")
+    left, right = (-1, -1) if window is None else window
+    if min(left, right) < -1:
+        raise ValueError(f"attention: window {window} must be (left, right), each at least 0, or "
+                         "-1 for no limit")
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
+    softcap = softcap or 0.0
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"attention: softcap must be above 0 and finite, or None, got {softcap}")
+    options = (left, 0 if causal else right, float(scale), float(softcap))
+    cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
+    return _Attention.apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options, return_lse)
 
 
 # ------------------------------------------------------------------------------------------- loss

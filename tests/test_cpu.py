@@ -6,50 +6,13 @@ import sys
 
 import pytest
 import torch
+from cpu_check import DTYPES, check, plain_attention, run, seeded
 from torch import Tensor
 from torch.nn import functional
 
 from fastllm import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ extension was not built")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TINY = {torch.float32: 2e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-
-
-def seeded(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def run(function, inputs, grads=None):
-    """(outputs..., gradients of the floating inputs...); the upstream gradients are made here."""
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if grads is None:
-        grads = [seeded(*y.shape, seed=7 + i).to(y.dtype) for i, y in enumerate(outputs)]
-    wanted = [x for x in leaves if x.requires_grad]
-    return [y.detach() for y in outputs], list(torch.autograd.grad(outputs, wanted, grads)), grads
-
-
-def check(ours, reference, inputs, dtype, factor=2.0):
-    """Values and gradients of `ours` by the rule; inputs are tensors of `dtype` (or integers)."""
-    before = [x.clone() for x in inputs]
-    outputs, gradients, upstream = run(ours, inputs)
-    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "an input changed"
-    wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    truth = run(reference, wide, [g.double() for g in upstream])
-    same = run(reference, inputs, upstream)
-    names = [f"output {i}" for i in range(len(outputs))] + [f"d{i}" for i in range(len(gradients))]
-    for name, a, t, r in zip(names, outputs + gradients, truth[0] + truth[1], same[0] + same[1],
-                             strict=True):
-        assert a.shape == t.shape, name
-        if not a.numel():
-            continue
-        error, allowed = (a.double() - t).abs().max(), (r.double() - t).abs().max()
-        bound = factor * allowed + TINY[dtype] * max(1.0, float(t.abs().max()))
-        assert error <= bound, f"{name} in {dtype}: {error:.3g} > {bound:.3g}"
-
 
 # ------------------------------------------------------------------------------ the elementwise ops
 
@@ -184,100 +147,6 @@ def test_cross_entropy_edges():
         loss.backward()
 
 
-# -------------------------------------------------------------------------------------- attention
-
-
-def reference_attention(q, k, v, causal=True, cu_seqlens=None, scale=None):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    rows, columns = q.shape[2], k.shape[2]
-    mask = torch.ones(rows, columns, dtype=torch.bool)
-    mask = (mask.tril(columns - rows) if causal else mask).expand(q.shape[0], 1, rows, columns)
-    if cu_seqlens is not None:
-        tokens = torch.arange(q.shape[0] * rows)
-        document = torch.bucketize(tokens, cu_seqlens[1:].long(), right=True).view(-1, rows)
-        mask = mask & (document[:, None, :, None] == document[:, None, None, :])
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-
-
-ATTENTION = [  # B, S, Skv, Hq, Hkv, D, causal, document lengths of all rows
-    (2, 70, 70, 4, 2, 64, True, None),
-    (1, 130, 130, 3, 1, 80, True, None),
-    (1, 129, 129, 2, 2, 96, False, None),
-    (2, 33, 33, 2, 2, 16, False, None),
-    (1, 5, 200, 4, 1, 64, True, None),
-    (1, 1, 65, 2, 1, 128, True, None),
-    (1, 40, 90, 2, 1, 17, False, None),
-    (2, 150, 150, 4, 2, 32, True, [40, 0, 1, 109, 150, 0]),
-    (2, 100, 100, 2, 1, 64, False, [3, 97, 64, 36]),
-    (1, 70, 70, 1, 1, 256, True, None),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ATTENTION, ids=str)
-def test_attention(dtype, case):
-    b, s, skv, hq, hkv, d, causal, lengths = case
-    bounds = None
-    if lengths is not None:
-        bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    if s == skv:  # as the model gives them: views of one projection
-        fused = seeded(b, s, (hq + 2 * hkv) * d, dtype=dtype)
-        q, k, v = fused.unflatten(-1, (-1, d)).split([hq, hkv, hkv], 2)
-    else:
-        q, k, v = (seeded(b, n, h, d, dtype=dtype, seed=i)
-                   for i, (n, h) in enumerate([(s, hq), (skv, hkv), (skv, hkv)]))
-    check(lambda *x: cpu.attention(*x, causal=causal, cu_seqlens=bounds),
-          lambda *x: reference_attention(*x, causal, bounds), [q, k, v], dtype)
-
-
-def test_attention_over_several_tasks_of_keys():
-    q, k, v = (seeded(1, 1100, h, 16, seed=i) for i, h in enumerate((2, 1, 1)))
-    for causal in (True, False):
-        check(lambda *x, c=causal: cpu.attention(*x, causal=c, scale=0.3),
-              lambda *x, c=causal: reference_attention(*x, c, scale=0.3), [q, k, v], torch.float32)
-    q = q[:, :90]
-    check(cpu.attention, reference_attention, [q, k, v], torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_documents_equal_each_alone(dtype):
-    lengths = [30, 70, 1, 99, 64, 36]
-    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    q, k, v = (seeded(3, 100, h, 64, dtype=dtype, seed=i) for i, h in enumerate((4, 2, 2)))
-    packed, packed_grads, (upstream,) = run(
-        lambda *x: cpu.attention(*x, cu_seqlens=bounds), [q, k, v])
-    flat = [x.flatten(0, 1) for x in (*packed, *packed_grads)]
-    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        alone = [x.flatten(0, 1)[None, begin:end] for x in (q, k, v)]
-        out, grads, _ = run(cpu.attention, alone, [upstream.flatten(0, 1)[None, begin:end]])
-        for whole, part in zip(flat, (*out, *grads), strict=True):
-            assert torch.equal(whole[begin:end], part[0])
-
-
-def test_attention_edges():
-    q = seeded(0, 5, 2, 16)
-    assert cpu.attention(q, q, q).shape == (0, 5, 2, 16)
-    nothing = seeded(1, 0, 2, 16)
-    some = seeded(1, 3, 2, 16).requires_grad_()
-    out = cpu.attention(some, nothing, nothing, causal=False)
-    assert not out.any()
-    out.sum().backward()
-    assert some.grad is not None
-    assert not some.grad.any()
-    with pytest.raises(ValueError, match="multiple of Hkv"):
-        cpu.attention(seeded(1, 4, 3, 8), seeded(1, 4, 2, 8), seeded(1, 4, 2, 8))
-    with pytest.raises(ValueError, match="as many keys as queries"):
-        cpu.attention(seeded(1, 4, 2, 8), seeded(1, 3, 2, 8), seeded(1, 3, 2, 8))
-    x = seeded(2, 4, 2, 8)
-    for bounds, message in [([0, 6, 8], "crosses the end of a row"), ([0, 4], "must run from 0"),
-                            ([0, 4, 2, 8], "decreases")]:
-        with pytest.raises(ValueError, match=message):
-            cpu.attention(x, x, x, cu_seqlens=torch.tensor(bounds))
-
-
 # ----------------------------------------------------------------------------- what holds for all
 
 
@@ -285,15 +154,19 @@ def battery(dtype: torch.dtype) -> list[Tensor]:
     """Values and gradients of every op, on sizes that give several threads work."""
     angle = seeded(150, 32, seed=5)
     labels = torch.arange(150) * 13 % 701
-    bounds = torch.tensor([0, 20, 150, 300])
+    q, k, v = ([seeded(2, 150, 4, 64, dtype=dtype), *(seeded(2, 150, 2, 64, dtype=dtype, seed=i)
+                                                       for i in (1, 2))])
+    long = [seeded(1500, h, 16, dtype=dtype, seed=i) for i, h in enumerate((2, 1, 1))]
+    packed = {"cu_seqlens_q": torch.tensor([0, 20, 150, 1490]), "window": (700, 60),
+              "softcap": 3.0, "return_lse": True}
     cases = [
         (cpu.rms_norm, [seeded(300, 150, dtype=dtype), seeded(150, dtype=dtype)]),
         (lambda q, k: cpu.rope(q, k, angle.cos(), angle.sin()),
          [seeded(2, 150, 4, 64, dtype=dtype), seeded(2, 150, 2, 64, dtype=dtype)]),
         (cpu.swiglu, [seeded(300, 170, dtype=dtype), seeded(300, 170, dtype=dtype, seed=1)]),
         (lambda x: cpu.cross_entropy(x, labels), [seeded(150, 701, dtype=dtype)]),
-        (lambda *x: cpu.attention(*x, cu_seqlens=bounds),
-         [seeded(2, 150, h, 64, dtype=dtype, seed=h) for h in (4, 2, 2)]),
+        (lambda *x: cpu.attention(*x, causal=True), [q, k, v]),
+        (lambda *x: cpu.attention(*x[:3], sinks=x[3], **packed), [*long, seeded(2)]),
     ]
     return [x for function, inputs in cases for part in run(function, inputs)[:2] for x in part]
 
@@ -329,7 +202,12 @@ def small_battery() -> None:
                   [seeded(9, 101, dtype=dtype), torch.arange(9)], dtype)
         for d in (64, 80):
             q, k, v = (seeded(1, 97, h, d, dtype=dtype, seed=h) for h in (4, 2, 2))
-            check(cpu.attention, reference_attention, [q, k, v], dtype)
+            check(lambda *x: cpu.attention(*x, causal=True, return_lse=True),
+                  lambda *x: plain_attention(*x, causal=True), [q, k, v], dtype)
+            options = {"window": (30, 9), "softcap": 2.0}
+            check(lambda *x, o=options: cpu.attention(*x[:3], sinks=x[3], return_lse=True, **o),
+                  lambda *x, o=options: plain_attention(*x, **o),
+                  [q, k, v, seeded(4, dtype=dtype)], dtype)
     print(torch.ops.fastllm_cpu.isa())
 
 
@@ -337,7 +215,8 @@ def small_battery() -> None:
 def test_lesser_instruction_sets(level, name):
     here = torch.ops.fastllm_cpu.isa()
     child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False,
-                           env={**os.environ, "ATEN_CPU_CAPABILITY": level})
+                           env={**os.environ, "ATEN_CPU_CAPABILITY": level,
+                                "PYTHONPATH": os.pathsep.join(sys.path)})
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stdout.strip() == (name if here != "baseline" else "baseline")
 
@@ -348,12 +227,19 @@ def test_operators_are_well_described():
     ops, labels = torch.ops.fastllm_cpu, torch.tensor([0, 3, -100, 15])
     angle = seeded(6, 8)
     ones = torch.ones(4)
-    out, lse = ops.attention(q, k, k, None, True, None)
+    sinks, options = seeded(2), (-1, 0, 0.25, 0.0)
+    alone = (q, k, k, None, None, None, *options)
+    cu = torch.tensor([0, 2, 6])
+    packed = (q[0], k[0], k[0], cu, cu, sinks, *options)
+    out, lse = ops.attention(*alone)
+    packed_out, packed_lse = ops.attention(*packed)
     cases = [
         (ops.rms_norm, (x, w, 1e-6)), (ops.rms_norm_backward, (x, x, w, ones)),
         (ops.rope, (q, k, angle, angle, False)), (ops.swiglu, (x, x)),
-        (ops.swiglu_backward, (x, x, x)), (ops.attention, (q, k, k, None, True, None)),
-        (ops.attention_backward, (q, q, k, k, out, lse, None, True, None)),
+        (ops.swiglu_backward, (x, x, x)), (ops.attention, alone), (ops.attention, packed),
+        (ops.attention_backward, (q, None, *alone[:3], out, lse, *alone[3:])),
+        (ops.attention_backward, (q[0], packed_lse, *packed[:3], packed_out, packed_lse,
+                                  *packed[3:])),
         (ops.cross_entropy, (x, labels, -100, 0.0, 0.0, 0.0)),
         (ops.cross_entropy_backward, (ones, x, labels, ones, -100, 0.0, 0.0, 0.0)),
         (ops.cross_entropy_backward_, (ones, x.clone(), labels, ones, -100, 0.0, 0.0, 0.0)),
@@ -367,16 +253,20 @@ def test_compiles_in_one_graph():
     angle = seeded(6, 8)
     labels = torch.arange(6)
 
-    def step(x, weight):
+    cu = torch.tensor([0, 2, 6])
+
+    def step(x, weight, sinks):
         q, k, v = x.view(1, 6, 4, 16).split([2, 1, 1], 2)
         q, k = cpu.rope(q, k, angle.cos(), angle.sin())
-        y = cpu.attention(q, k, v).flatten(2)
+        z, lse = cpu.attention(q[0], k[0], v[0], cu_seqlens_q=cu, window=(2, 0), softcap=2.0,
+                               sinks=sinks, return_lse=True)
+        y = (cpu.attention(q, k, v, causal=True) + z * lse.t()[..., None]).flatten(2)
         y = cpu.rms_norm(y, weight)
         return cpu.cross_entropy(cpu.swiglu(*y[0].chunk(2, -1)), labels)
 
-    x, weight = seeded(6, 64), seeded(32)
+    inputs = [seeded(6, 64), seeded(32), seeded(2)]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for a, b in zip(run(compiled, [x, weight])[:2], run(step, [x, weight])[:2], strict=True):
+    for a, b in zip(run(compiled, inputs)[:2], run(step, inputs)[:2], strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
@@ -452,19 +342,31 @@ def test_freed_memory_is_kept_where_asked():
     assert kept == "False" or int(faults) < 2000
 
 
+STALE = """
+import torch
+from types import SimpleNamespace as Some
+cls = type(torch.ops.fastllm_cpu)
+own = cls.__getattr__
+def old(self, name):
+    if name != "attention":
+        return own(self, name)
+    {}
+cls.__getattr__ = old
+from fastllm import cpu, ops
+assert not cpu.available() and {!r} in cpu.why_not(), cpu.why_not()
+assert ops.dispatch("cpu")["rms_norm"][0] == "reference"
+ops.rms_norm(torch.ones(2, 8), torch.ones(8))
+"""
+
+
+@pytest.mark.parametrize(("way", "message"), [
+    ("raise AttributeError(name)", "older sources: attention not in it"),
+    ("return Some(default=Some(_schema=Some(arguments=[0] * 6)))",
+     "older sources: other arguments of attention)")], ids=["no op", "another schema"])
+def test_a_stale_extension_says_so_and_the_reference_runs(way, message):
+    """An extension built from older sources: one reason, and plain torch in its place."""
+    subprocess.run([sys.executable, "-c", STALE.format(way, message)], check=True)
+
+
 if __name__ == "__main__":
     small_battery()
-
-
-def test_a_stale_extension_says_so_and_the_reference_runs():
-    """An extension built from older sources: one reason, and plain torch in its place."""
-    code = ("import torch; cls = type(torch.ops.fastllm_cpu); own = cls.__getattr__\n"
-            "def old(self, name):\n"
-            "    if name == 'attention': raise AttributeError(name)\n"
-            "    return own(self, name)\n"
-            "cls.__getattr__ = old\n"
-            "from fastllm import cpu, ops\n"
-            "assert not cpu.available() and 'older sources: attention' in cpu.why_not()\n"
-            "assert ops.dispatch('cpu')['rms_norm'][0] == 'reference'\n"
-            "ops.rms_norm(torch.ones(2, 8), torch.ones(8))\n")
-    subprocess.run([sys.executable, "-c", code], check=True)
