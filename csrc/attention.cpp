@@ -143,7 +143,13 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q_in, con
         .run();
   });
   beyond(shape, out, false).zero_();
-  beyond(shape, lse.transpose(1, 2), false).fill_(kNothing);
+  // They see no key, and so have the sink's share alone, as such a query of a document has.
+  const at::Tensor rest = beyond(shape, lse.transpose(1, 2), false);
+  if (sinks.defined()) {
+    rest.copy_(sinks);
+  } else {
+    rest.fill_(kNothing);
+  }
   return cu_seqlens_q.has_value() ? std::tuple(out.squeeze(0), lse.squeeze(0))
                                   : std::tuple(out, lse);
 }

@@ -5,7 +5,6 @@ sums in fp32, gives the same bits for any number of threads, and takes float32, 
 float16 (in fp32 inside). The exact fp32 matmul (`linear`) needs no extension.
 """
 
-import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastllm.kernels import _rotary as rotary
+from fastllm.kernels.attention import bounds_of, check
 from fastllm.kernels.grad_norm import coefficient
 
 Reduction = Literal["sum", "mean", "none"]
@@ -227,8 +227,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_lse=None):
-        _, _, _, out, lse, _, _, sinks = ctx.saved_tensors
-        grads = _OPS.attention_backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+        saved = ctx.saved_tensors  # once: checkpointing makes them again at each look
+        _, _, _, out, lse, _, _, sinks = saved
+        grads = _OPS.attention_backward(grad, grad_lse, *saved, *ctx.options)
         need = ctx.needs_input_grad[3]
         dsinks = _sink_gradient(sinks, lse, out, grad, grad_lse) if need else None
         return *grads, dsinks, None, None, None, None
@@ -262,22 +263,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     return_lse: also the logarithm of that sum, (B, Hq, Sq) or (Hq, Tq) in fp32. The lengths are
     not needed, and the result is deterministic in any case.
     """
-    if cu_seqlens_q is None and cu_seqlens_k is not None:
-        raise ValueError("attention: cu_seqlens_k without cu_seqlens_q: pass both, or neither")
-    if cu_seqlens_q is not None and cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} differ in tokens: "
-                         "pass cu_seqlens_k too")
-    left, right = (-1, -1) if window is None else window
-    if min(left, right) < -1:
-        raise ValueError(f"attention: window {window} must be (left, right), each at least 0, or "
-                         "-1 for no limit")
-    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
-    softcap = softcap or 0.0
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"attention: softcap must be above 0 and finite, or None, got {softcap}")
-    options = (left, 0 if causal else right, float(scale), float(softcap))
+    check(q, k, v, window, softcap, scale, cu_seqlens_q, cu_seqlens_k, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds = bounds_of(causal, window, q.shape[-3], k.shape[-3])
+    options = (*bounds, float(scale), float(softcap or 0.0))
     cu_seqlens_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     return _Attention.apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options, return_lse)
 

@@ -13,6 +13,7 @@ Models with Attention Sinks", arXiv:2309.17453; Gemma 2's softcap, arXiv:2408.00
 """
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     share = (weights / total.masked_fill(empty, 1.0))[..., :k.shape[-3]]
+    # Products take operands of the tensors' own type.
+    share = share.to(v.dtype).to(wide)
     out = torch.einsum("bhst,bthd->bshd", share, c).to(q.dtype).view(q.shape)
     if not return_lse:
         return out
@@ -171,6 +174,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, window: Window | None, softcap: float
         wanted = "(T, Hq, D) and twice (Tk, Hkv, D)" if packed else (
             "(B, Sq, Hq, D) and twice (B, Sk, Hkv, D); cu_seqlens_q is for packed (T, H, D)")
         raise ValueError(f"attention: {shapes} are not {wanted}")
+    if not q.shape[-1]:
+        raise ValueError(f"attention: {shapes}: heads of no elements")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"attention: {shapes}: {q.shape[-2]} query heads are not a multiple of "
                          f"{k.shape[-2]} key heads")
@@ -196,9 +201,10 @@ def check(q: Tensor, k: Tensor, v: Tensor, window: Window | None, softcap: float
     if window is not None and (len(window) != 2 or min(window) < -1):
         raise ValueError(f"attention: window {window} must be (left, right), each a number of "
                          "tokens or -1 for no bound")
-    if (softcap is not None and not softcap >= 0) or (scale is not None and not scale > 0):
-        raise ValueError(f"attention: softcap {softcap} must be at least 0 and scale {scale} "
-                         "positive")
+    if (softcap is not None and not 0 <= softcap < math.inf) or (
+            scale is not None and not 0 < scale < math.inf):
+        raise ValueError(f"attention: softcap {softcap} must be at least 0, scale {scale} above 0, "
+                         "and both finite")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
@@ -248,8 +254,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
 # ------------------------------------------------------------------------------------ registry
 
 
-def documents(tokens: int) -> list[int]:
-    """Boundaries of the sequences that `inputs` packs: one empty, a tail of a sixteenth."""
+def documents(tokens: int, others: int) -> list[int]:
+    """Boundaries of the sequences that `inputs` packs, beside an axis of `others`: one is empty,
+    and a sixteenth is a tail; of few tokens one sequence."""
+    if min(tokens, others) < 16:
+        return [0, tokens]
     used = tokens - tokens // 16
     return [0, used // 5, used // 5, used // 2, used // 2 + used // 3, used]
 
@@ -257,7 +266,8 @@ def documents(tokens: int) -> list[int]:
 def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, packed: bool = False,
            layout: str = "plain", sinks: bool = False, **options: Any) -> Call:
     """layout "fused": q, k and v are slices of one projection, where they are as long."""
-    batch, queries, keys, heads, kv_heads, dim = shape
+    batch, queries, keys, kv_heads, group, dim = shape
+    heads = kv_heads * group
     if layout == "fused" and queries == keys:
         both = normal((batch, queries, heads + 2 * kv_heads, dim), dtype, device, generator,
                       grad=False)
@@ -267,9 +277,9 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, packed: bool 
                    for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads))]
     if packed:
         tensors = [x.flatten(0, 1) for x in tensors]
-        for name, tokens in (("q", batch * queries), ("k", batch * keys)):
-            options[f"cu_seqlens_{name}"] = torch.tensor(documents(tokens), dtype=torch.int32,
-                                                         device=device)
+        for name, own, other in (("q", queries, keys), ("k", keys, queries)):
+            options[f"cu_seqlens_{name}"] = torch.tensor(
+                documents(batch * own, batch * other), dtype=torch.int32, device=device)
     if sinks:
         options["sinks"] = normal((heads,), dtype, device, generator)
     return Call(tuple(x.requires_grad_() for x in tensors), options)
@@ -278,11 +288,12 @@ def inputs(shape: Shape, dtype: torch.dtype, device, generator, *, packed: bool 
 def pairs(shape: Shape, *, packed: bool = False, causal: bool = False,
           window: Window | None = None, **_: Any) -> int:
     """Queries and keys that see each other, in all heads."""
-    batch, queries, keys, heads = shape[:4]
+    batch, queries, keys, kv_heads, group = shape[:5]
     left, right = bounds_of(causal, window, batch * queries, batch * keys)
     stretches = [(queries, keys)] * batch
     if packed:
-        ends = zip(documents(batch * queries), documents(batch * keys), strict=True)
+        ends = zip(documents(batch * queries, batch * keys),
+                   documents(batch * keys, batch * queries), strict=True)
         stretches = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
     total = 0
     for n, m in stretches:
@@ -290,14 +301,14 @@ def pairs(shape: Shape, *, packed: bool = False, causal: bool = False,
         last = (place + right if right >= 0 else torch.full_like(place, m)).clamp(max=m - 1)
         first = (place - left if left >= 0 else torch.zeros_like(place)).clamp(min=0)
         total += int((last - first + 1).clamp(min=0).sum())
-    return total * heads
+    return total * kv_heads * group
 
 
 def floor_bytes(shape: Shape, dtype: torch.dtype, direction: Direction, **_: Any) -> int:
-    batch, queries, keys, heads, kv_heads, dim = shape
+    batch, queries, keys, kv_heads, group, dim = shape
     times = 2 if direction == "forward" else 4
-    rows = dtype.itemsize * dim * batch * (queries * heads + keys * kv_heads)
-    return times * rows + 4 * batch * queries * heads
+    rows = dtype.itemsize * dim * batch * kv_heads * (queries * group + keys)
+    return times * rows + 4 * batch * queries * kv_heads * group
 
 
 def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **options: Any) -> int:
@@ -306,13 +317,13 @@ def floor_flops(shape: Shape, dtype: torch.dtype, direction: Direction, **option
 
 KERNEL = Kernel(
     name="attention", public=attention, reference=reference, inputs=inputs, bound="flops",
-    axes=("batch", "queries", "keys", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    test_shapes=((1, 1, 1, 1, 1, 16), (2, 5, 9, 3, 1, 24), (2, 33, 33, 4, 2, 64),
-                 (1, 130, 130, 2, 1, 80)),
-    empty_shapes=((0, 4, 4, 2, 1, 16), (2, 0, 4, 2, 1, 16), (2, 4, 0, 2, 1, 16)),
-    bench_shapes=((8, 2048, 2048, 8, 2, 64), (4, 4096, 4096, 32, 8, 128)),
-    traffic_shapes=((1, 512, 512, 4, 2, 64),),
-    audit_shapes=((1, 2048, 2048, 8, 2, 64), (1, 2048, 2048, 8, 2, 128)),
+    axes=("batch", "queries", "keys", "num_key_value_heads", "query_heads_each", "head_dim"),
+    test_shapes=((1, 3, 7, 1, 1, 16), (2, 5, 9, 1, 3, 24), (2, 33, 33, 1, 2, 64),
+                 (1, 130, 130, 1, 2, 80)),
+    empty_shapes=((0, 4, 4, 1, 2, 16), (2, 0, 4, 1, 2, 16), (2, 4, 0, 1, 2, 16)),
+    bench_shapes=((8, 2048, 2048, 2, 4, 64), (4, 4096, 4096, 8, 4, 128)),
+    traffic_shapes=((1, 512, 512, 2, 2, 64),),
+    audit_shapes=((1, 2048, 2048, 2, 4, 64), (1, 2048, 2048, 2, 4, 128)),
     variants={
         "causal": {"causal": True}, "window": {"window": (7, 2)},
         "causal window": {"causal": True, "window": (9, -1), "layout": "fused"},
@@ -326,6 +337,6 @@ KERNEL = Kernel(
                    "causal, atomics": {"causal": True, "deterministic": False},
                    "packed": {"packed": True, "causal": True, "layout": "fused"},
                    "window": {"window": (255, 0)}},
-    overflow_shape=(3, 2, 2, 2, 1, 16),
+    overflow_shape=(3, 2, 2, 1, 2, 16),
     floor_bytes=floor_bytes, floor_flops=floor_flops,
 )

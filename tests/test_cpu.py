@@ -348,7 +348,7 @@ from types import SimpleNamespace as Some
 cls = type(torch.ops.fastllm_cpu)
 own = cls.__getattr__
 def old(self, name):
-    if name != "attention":
+    if name != "attention" or self.name != "fastllm_cpu":
         return own(self, name)
     {}
 cls.__getattr__ = old

@@ -202,7 +202,7 @@ def test_a_document_does_not_reach_another(dtype, bad):
         assert torch.equal(a[mine], b[mine])
     for x in (got[0], *grads):
         assert not x[167:].any()
-    assert (got[1][:, 167:] == -torch.inf).all()
+    assert torch.equal(got[1][:, 167:], clean[1][:, 167:])
 
 
 def test_blocks_outside_the_window_are_not_visited():
@@ -307,17 +307,17 @@ def test_sink_gradients_do_not_depend_on_the_number_of_threads(heads):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"q": (1, 4, 3, 8)}, r"Hq a multiple of Hkv, got \[1, 4, 3, 8\]"),
-    ({"k": (1, 4, 2, 16), "v": (1, 4, 2, 16)}, "Hq a multiple of Hkv"),
-    ({"q": (1, 4, 2, 0), "k": (1, 4, 2, 0), "v": (1, 4, 2, 0)}, "Hq a multiple of Hkv"),
-    ({"v": (1, 5, 2, 8)}, "Hq a multiple of Hkv"),
-    ({"q": (4, 2, 8)}, "without cu_seqlens"),
-    ({"cu_seqlens_q": [0, 4]}, "beside cu_seqlens"),
-    ({"cu_seqlens_k": [0, 4]}, "cu_seqlens_k without cu_seqlens_q"),
+    ({"q": (1, 4, 3, 8)}, "3 query heads are not a multiple of 2"),
+    ({"k": (1, 4, 2, 16), "v": (1, 4, 2, 16)}, r"k \(1, 4, 2, 16\), v .* are not \(B, Sq, Hq, D\)"),
+    ({"q": (1, 4, 2, 0), "k": (1, 4, 2, 0), "v": (1, 4, 2, 0)}, "heads of no elements"),
+    ({"v": (1, 5, 2, 8)}, r"v \(1, 5, 2, 8\) are not"),
+    ({"q": (4, 2, 8)}, "cu_seqlens_q is for packed"),
+    ({"cu_seqlens_q": [0, 4]}, r"are not \(T, Hq, D\)"),
+    ({"cu_seqlens_k": [0, 4]}, "cu_seqlens_k needs cu_seqlens_q"),
     ({"window": (-2, 0)}, "window"), ({"window": (0, -2)}, "window"),
     ({"softcap": -1.0}, "softcap"), ({"softcap": float("nan")}, "softcap"),
     ({"scale": 0.0}, "scale"), ({"scale": -1.0}, "scale"), ({"scale": float("inf")}, "scale"),
-    ({"sinks": (3,)}, r"sinks must be \(Hq,\) = \(2,\)"),
+    ({"sinks": (3,)}, r"sinks \(3,\) must have one number for each of the 2 query heads"),
 ], ids=str)
 def test_refused(change, message):
     shapes = {name: change.pop(name, (1, 4, 2, 8)) for name in "qkv"}
@@ -334,7 +334,7 @@ def test_refused(change, message):
     ([0, 9], None, "cu_seqlens_q ends at 9, after the last of 8 tokens"),
     ([0, 8], [0, 9], "cu_seqlens_k ends at 9"),
     ([0, 8], [2, 8], "cu_seqlens_k must begin"),
-    ([0, 8], [0, 4, 8], "1 documents, cu_seqlens_k 2"),
+    ([0, 8], [0, 4, 8], r"\(2,\) and cu_seqlens_k \(3,\) count different"),
     ([[0, 8]], None, r"must be \(N \+ 1,\) integers"),
     ([], None, r"must be \(N \+ 1,\) integers"),
     ([0.0, 8.0], None, r"must be \(N \+ 1,\) integers"),
@@ -349,8 +349,8 @@ def test_refused_boundaries(queries, keys, message):
 
 def test_other_tokens_need_their_own_boundaries():
     x, y = seeded(8, 2, 8), seeded(9, 2, 8)
-    with pytest.raises(ValueError, match="pass cu_seqlens_k"):
+    with pytest.raises(ValueError, match="give cu_seqlens_k"):
         cpu.attention(x, y, y, cu_seqlens_q=torch.tensor([0, 8]))
-    with pytest.raises(TypeError, match="differ in dtype"):
+    with pytest.raises(TypeError, match="must be of one type"):
         cpu.attention(x, x.bfloat16(), x.bfloat16(), cu_seqlens_q=torch.tensor([0, 8]))
     assert cpu.attention(*[seeded(0, 5, 2, 16)] * 3).shape == (0, 5, 2, 16)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from fastllm import cpu, ops
 from fastllm.kernels import _spec, _triton
-from fastllm.ops import _dispatch
+from fastllm.kernels import attention as _attention
+from fastllm.ops import _dispatch, _plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAVE_CPP = DEVICE == "cpu" and cpu.available()
@@ -56,7 +57,7 @@ def test_auto_on_other_devices():
     kernels = {kernel.public.__name__ for kernel in _spec.kernels()}
     # kl_div is jsd at its two ends.
     assert {op for op, (backend, _) in cuda.items() if backend == "triton"} == {*kernels, "kl_div"}
-    assert cuda["attention"] == ("reference", "torch's scaled_dot_product_attention")
+    assert cuda["linear"] == ("reference", "the vendor's matrix product")
     assert {backend for backend, _ in ops.dispatch("meta").values()} == {"reference"}
     x = torch.empty(2, 8, device="meta")
     assert ops.rms_norm(x, torch.empty(8, device="meta")).shape == (2, 8)
@@ -146,93 +147,44 @@ def test_unknown_names_raise():
         ops.set_backend("rope", "cuda")
 
 
-# ---------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------- attention as plain torch runs it
 
 
-def naive_attention(q, k, v, causal=True, scale=None, documents=None):
-    """Attention as the formula has it, in float64, one head and one query at a time masked."""
-    q, k, v = (x.double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bshd,bthd->bhst", q, k) * (scale or q.shape[-1] ** -0.5)
-    queries, keys = scores.shape[-2:]
-    allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-    if causal:
-        allowed = allowed.tril(keys - queries)
-    if documents is not None:
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-    return torch.einsum("bhst,bthd->bshd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
-
-
-def qkv(batch, queries, keys, heads, groups, dim, dtype=torch.float32):
+def qkv(*shapes):
     generator = torch.Generator(DEVICE).manual_seed(0)
-    return [torch.randn(batch, length, h, dim, generator=generator, device=DEVICE).to(dtype)
-            .requires_grad_() for length, h in ((queries, heads), (keys, groups), (keys, groups))]
+    return [torch.randn(shape, generator=generator, device=DEVICE).requires_grad_()
+            for shape in shapes]
 
 
-def compare_attention(tensors, tolerance, **options):
-    documents = options.pop("documents", None)
-    cu_seqlens = None
-    if documents is not None:
-        flat = documents.flatten()
-        starts = torch.cat([torch.ones(1, dtype=torch.bool), flat.cpu().diff() != 0])
-        ends = torch.tensor([flat.numel()])
-        cu_seqlens = torch.cat([starts.nonzero()[:, 0], ends]).to(torch.int32).to(DEVICE)
-    ours = ops.attention(*tensors, cu_seqlens=cu_seqlens, **options)
-    truth = naive_attention(*tensors, documents=documents, **options)
-    upstream = torch.randn(truth.shape, generator=torch.Generator(DEVICE).manual_seed(1),
-                           device=DEVICE)
-    ours_all = (ours, *torch.autograd.grad(ours, tensors, upstream.to(ours.dtype)))
-    truth_all = (truth, *torch.autograd.grad(truth, tensors, upstream.double()))
-    for a, b in zip(ours_all, truth_all, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
-
-
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3], [4] * 11, [5] * 10 + [6]])
-
-
-@for_each("attention")
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (6, 2)])
-def test_attention(op, backend, heads, groups):
-    with ops.use_backend(backend, op):
-        for options in ({}, {"causal": False}, {"scale": 0.3}):
-            compare_attention(qkv(2, 13, 13, heads, groups, 16), 2e-5, **options)
-            compare_attention(qkv(2, 13, 13, heads, groups, 16, torch.bfloat16), 4e-2, **options)
-        for queries in (1, 5):
-            compare_attention(qkv(2, queries, 9, heads, groups, 16), 2e-5)
-
-
-@for_each("attention")
+@pytest.mark.parametrize("options", [
+    {}, {"scale": 0.3}, {"window": (4, 1)}, {"softcap": 2.0}, {"return_lse": True}], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_stays_within_documents(op, backend, causal):
-    with ops.use_backend(backend, op):
-        compare_attention(qkv(3, 11, 11, 4, 2, 8), 2e-5, causal=causal,
-                          documents=DOCUMENTS.to(DEVICE))
-        one_each = torch.arange(3, device=DEVICE)[:, None].expand(3, 11)
-        compare_attention(qkv(3, 11, 11, 4, 2, 8), 2e-5, causal=causal, documents=one_each)
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (3, 9), (9, 3), (4, 0)])
+def test_plain_attention(options, causal, queries, keys):
+    """torch's own attention where it has the options, and by the definition where not."""
+    tensors = qkv((2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8))
+    results = []
+    for function in (_plain.attention, _attention.reference):
+        out = function(*tensors, causal=causal, **options)
+        out = out[0] if isinstance(out, tuple) else out
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_by_mask_is_attention_by_document():
-    """What a GPU runs, masks and no host synchronisation, is traced here on any machine."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_plain_attention_of_packed_sequences(causal):
+    tensors = qkv((12, 4, 8), (14, 2, 8), (14, 2, 8))
+    bounds = [torch.tensor(x, device=DEVICE) for x in ([0, 3, 3, 8, 11], [0, 5, 7, 9, 13])]
+    options = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
+    ours = _plain.attention(*tensors, causal=causal, **options)
+    theirs = _attention.reference(*tensors, causal=causal, **options)
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[11:].any()
     torch._dynamo.reset()
-    q, k, v = qkv(3, 11, 11, 4, 2, 8)
-    cu_seqlens = torch.tensor([0, 3, 7, 9, 11, 22, 32, 33], dtype=torch.int32, device=DEVICE)
     with ops.use_backend("reference", "attention"):
         whole = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
-        for causal in (True, False):
-            torch.testing.assert_close(
-                whole(q, k, v, causal=causal, cu_seqlens=cu_seqlens),
-                ops.attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens))
-
-
-@pytest.mark.parametrize(("shapes", "options", "match"), [
-    (((2, 4, 3, 8), (2, 4, 2, 8)), {}, "multiple"),
-    (((2, 4, 2, 8), (2, 3, 2, 8)), {}, "at least as many keys"),
-    (((2, 4, 2, 8), (2, 6, 2, 8)), {"cu_seqlens": torch.tensor([0, 4, 8])}, "as many"),
-    (((2, 4, 2, 8), (1, 4, 2, 8)), {}, "not"), (((2, 4, 8), (2, 4, 8)), {}, "not")])
-def test_attention_refuses_shapes_that_do_not_fit(shapes, options, match):
-    q, k = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=match):
-        ops.attention(q, k, k, **options)
+        torch.testing.assert_close(whole(*tensors, causal=causal, **options), theirs)
 
 
 # ------------------------------------------------------------------------ norm and matrix product

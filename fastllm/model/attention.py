@@ -71,5 +71,10 @@ class Attention(nn.Module):
             q, k = ops.rope(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = ops.attention(q, k, v, causal=True, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if cu_seqlens is None:
+            out = ops.attention(q, k, v, causal=True)
+        else:
+            packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
+            out = ops.attention(*packed, causal=True, cu_seqlens_q=cu_seqlens,
+                                max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen).view(q.shape)
         return self.o_proj(out.flatten(2))

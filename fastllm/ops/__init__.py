@@ -15,6 +15,7 @@ from torch import Tensor
 from fastllm import cpu
 from fastllm.kernels import adagrad as _adagrad
 from fastllm.kernels import adamw as _adamw
+from fastllm.kernels import attention as _attention
 from fastllm.kernels import cross_entropy as _cross_entropy
 from fastllm.kernels import dropout as _dropout
 from fastllm.kernels import embedding as _embedding
@@ -29,6 +30,7 @@ from fastllm.kernels import linear_logprobs as _linear_logprobs
 from fastllm.kernels import lion as _lion
 from fastllm.kernels import logprobs as _logprobs
 from fastllm.kernels import lora as _lora
+from fastllm.kernels import merge_attention as _merge_attention
 from fastllm.kernels import muon as _muon
 from fastllm.kernels import qk_norm_rope as _qk_norm_rope
 from fastllm.kernels import quant as _quant
@@ -58,6 +60,7 @@ __all__ = ["BACKENDS", "NF4", "OPS", "Int8", "dispatch", "quantize_int8", "quant
 adagrad_step = face(_adagrad.adagrad_step, reference=_adagrad.reference)
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step,
                   cpp_lacks=("exp_avg_scales", "exp_avg_sq_scales"), reference=_adamw.reference)
+attention = face(_attention.attention, cpp=cpu.attention, reference=_plain.attention)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      cpp_lacks=("weight", "logit_scale", "return_metrics"),
                      reference=_cross_entropy.reference)
@@ -82,6 +85,7 @@ linear_logprobs = face(_linear_logprobs.linear_logprobs, reference=_linear_logpr
 lion_step = face(_lion.lion_step, reference=_lion.reference)
 logprobs = face(_logprobs.logprobs, reference=_logprobs.reference)
 lora_linear = face(_lora.lora_linear, reference=_lora.reference)
+merge_attention = face(_merge_attention.merge_attention, reference=_merge_attention.reference)
 muon_step = face(_muon.muon_step, reference=_muon.reference)
 nf4_linear = face(_quant.nf4_linear, reference=_quant.linear_reference)
 qk_norm_rope = face(_qk_norm_rope.qk_norm_rope, cpp=cpu.qk_norm_rope,
@@ -98,39 +102,11 @@ swiglu_linear = face(_swiglu.swiglu_linear, cpp=cpu.swiglu_linear,
 # ------------------------------------------------------------------- ops without one, as yet
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
-              cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-    """softmax(scale * q k^T) v per head; q (B, Sq, Hq, D), k, v (B, Skv, Hkv, D), Hq % Hkv == 0.
-
-    scale: default D^-0.5. cu_seqlens (N + 1,) int32 over the B * S flattened tokens, every row
-    start among them, keeps attention within a document. Skv > Sq (generation with a cache) only
-    without cu_seqlens; causal then lets the last query see every key.
-    """
-    _check_attention(q, k, v, causal, cu_seqlens)
-    run = pick(_attention, (q,), {})
-    return run(q, k, v, causal=causal, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-
-
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool,
-                     cu_seqlens: Tensor | None) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or k.shape[0] != q.shape[0] or (
-            k.shape[3] != q.shape[3] or k.shape[2] == 0 or q.shape[2] % k.shape[2]):
-        raise ValueError(f"attention: {shapes} are not (B, Sq, Hq, D) and twice (B, Skv, Hkv, D) "
-                         "with Hq a multiple of Hkv")
-    if k.shape[1] != q.shape[1] and cu_seqlens is not None:
-        raise ValueError(f"attention: {shapes}: with cu_seqlens, queries and keys are as many")
-    if causal and k.shape[1] < q.shape[1]:
-        raise ValueError(f"attention: {shapes}: causal needs at least as many keys as queries")
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) @ weight (O, I).T + bias, by the fastest exact product of the device."""
     return pick(_linear, (x,), {})(x, weight, bias)
 
 
-_attention = register(attention, cpp=cpu.attention, reference=_plain.attention,
-                      on_cuda="torch's scaled_dot_product_attention")
 # The fast float32 product comes from torch itself and needs no extension.
 _linear = register(linear, cpp=cpu.linear, reference=F.linear, compiled=False,
                    on_cuda="the vendor's matrix product")

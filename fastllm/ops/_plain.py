@@ -1,56 +1,59 @@
 """Plain torch forms of the ops that have no kernel file, and the C++ parts of the linear loss."""
 
+import itertools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm import cpu
+from fastllm.kernels import attention as _attention
 from fastllm.kernels import linear_cross_entropy as _linear_cross_entropy
 from fastllm.kernels._cross_entropy import Options
+from fastllm.kernels.attention import Window, check
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True,
-                         scale: float | None = None, cu_seqlens: Tensor | None = None,
-                         max_seqlen: int | None = None) -> Tensor:
-    """torch's scaled_dot_product_attention, per document where cu_seqlens is given."""
-    batch, length = q.shape[:2]
-    # One boundary a row start and one at the end: each row is one document.
-    if cu_seqlens is None or cu_seqlens.numel() == batch + 1:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
+              window: Window | None = None, softcap: float | None = None,
+              scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+              cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+              max_seqlen_k: int | None = None, sinks: Tensor | None = None,
+              return_lse: bool = False, deterministic: bool = True) -> Any:
+    """torch's scaled_dot_product_attention where it has the options, by sequence on a CPU; else
+    the whole matrix of scores."""
+    check(q, k, v, window, softcap, scale, cu_seqlens_q, cu_seqlens_k, sinks)
+    plain = not (softcap or return_lse or sinks is not None or window is not None)
+    ours = cu_seqlens_q is None or (q.device.type == "cpu" and not torch.compiler.is_compiling())
+    if not (plain and ours):
+        return _attention.reference(
+            q, k, v, causal=causal, window=window, softcap=softcap, scale=scale,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks,
+            return_lse=return_lse)
+    if cu_seqlens_q is None:
         return _dense_attention(q, k, v, causal, scale)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        flat = [x.reshape(1, batch * length, *x.shape[2:]) for x in (q, k, v)]
-        sizes = cu_seqlens.diff().tolist()
-        pieces = zip(*(x.split(sizes, 1) for x in flat), strict=True)
-        parts = [_dense_attention(a, b, c, causal, scale) for a, b, c in pieces if a.numel()]
-        return torch.cat(parts, 1).view(q.shape) if parts else torch.zeros_like(q)
-    # No host synchronisation on a GPU: documents by comparison, at S^2 bits of mask a row.
-    token = torch.arange(batch * length, device=q.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, token, right=True).view(batch, 1, length)
-    mask = document[..., :, None] == document[..., None, :]
-    if causal:
-        mask = mask & torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    return _masked_attention(q, k, v, mask, scale)
+    bounds = zip(*((cu_seqlens_q if x is None else x).tolist()
+                   for x in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    parts = [_dense_attention(q[None, a:b], k[None, c:d], v[None, c:d], causal, scale)[0]
+             for (a, c), (b, d) in itertools.pairwise(bounds)]
+    done = sum(len(part) for part in parts)
+    return torch.cat((*parts, torch.zeros_like(q[done:])))
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
-    if causal and 1 < queries < keys:
+    if not keys or (causal and queries > keys):  # queries that see nothing are NaN to torch
+        return _attention.reference(q, k, v, causal=causal, scale=scale)
+    mask = None
+    if causal and queries < keys:
         # The last query sees every key; scaled_dot_product_attention aligns the first ones.
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        return _masked_attention(q, k, v, mask, scale)
+        group = q.shape[2] // k.shape[2]
+        # With a mask, torch's memory-efficient kernels want as many key heads as query heads.
+        k, v = (x.repeat_interleave(group, 2) if group > 1 else x for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        is_causal=causal and queries == keys, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
-    return out.transpose(1, 2)
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor,
-                      scale: float | None) -> Tensor:
-    # With a mask, torch's memory-efficient kernels want as many key heads as query heads.
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, 2) if group > 1 else x for x in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         attn_mask=mask, scale=scale)
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+        is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return out.transpose(1, 2)
 
 

@@ -59,7 +59,8 @@ def plain_attention(q, k, v, sinks=None, *, causal=False, window=None, softcap=N
         # Nothing, of every input.
         none = 0 * sum(x.sum() for x in (q, k, v, sinks) if x is not None)
         tail = q[ends[0][-1]:] * 0 + none
-        nothing = tail.sum(-1).t().to(lses[0].dtype if lses else torch.float32) - torch.inf
+        alone = torch.full((q.shape[1],), -torch.inf) if sinks is None else sinks
+        nothing = alone[:, None] + tail.sum(-1).t().to(lses[0].dtype if lses else torch.float32)
         return torch.cat([*outs, tail]), torch.cat([*lses, nothing], 1)
     queries, keys = q.shape[1], k.shape[1]
     left, right = (-1, -1) if window is None else window
