@@ -67,6 +67,20 @@ def visible(q: Tensor, k: Tensor, left: int, right: int, q_bounds: Tensor | None
     return seen
 
 
+class _Operand(torch.autograd.Function):
+    """Scores whose gradient is rounded to a type: products take operands of the tensors' own type,
+    and this gradient is one, as the probabilities are."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = dtype
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Any:
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
               window: Window | None = None, softcap: float | None = None,
               scale: float | None = None, cu_seqlens_q: Tensor | None = None,
@@ -80,7 +94,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     b, c = (x.repeat_interleave(group, 2) for x in (b, c))
     left, right = bounds_of(causal, window, q.shape[-3], k.shape[-3])
     seen = visible(q, k, left, right, cu_seqlens_q, cu_seqlens_k)
-    scores = torch.einsum("bshd,bthd->bhst", a, b) * (scale or q.shape[-1] ** -0.5)
+    scores = _Operand.apply(torch.einsum("bshd,bthd->bhst", a, b), q.dtype)
+    scores = scores * (scale or q.shape[-1] ** -0.5)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, -torch.inf)
@@ -92,12 +107,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     share = (weights / total.masked_fill(empty, 1.0))[..., :k.shape[-3]]
-    # Products take operands of the tensors' own type.
     share = share.to(v.dtype).to(wide)
-    out = torch.einsum("bhst,bthd->bshd", share, c).to(q.dtype).view(q.shape)
+    out = torch.einsum("bhst,bthd->bshd", share, c)
+    log = top.masked_fill(empty, 0.0) + total.masked_fill(empty, 1.0).log()
+    # The gradient of a score, P (dP - dO out), has its own rounding of out: with P = e^(s - lse),
+    # it is what would come of rounding out by a factor of lse.
+    rounding = (out.to(q.dtype).to(wide) - out).detach().nan_to_num(0.0, 0.0, 0.0)
+    out = out + rounding * (1.0 + (log.detach() - log).transpose(1, 2))
+    out = out.to(q.dtype).view(q.shape)
     if not return_lse:
         return out
-    log = (top + total.masked_fill(empty, 1.0).log()).masked_fill(empty, -torch.inf)[..., 0]
+    log = log.masked_fill(empty, -torch.inf)[..., 0]
     return out, (log if q.dim() == 4 else log[0]).to(torch.promote_types(wide, torch.float32))
 
 
