@@ -107,13 +107,15 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     share = (weights / total.masked_fill(empty, 1.0))[..., :k.shape[-3]]
-    share = share.to(v.dtype).to(wide)
-    out = torch.einsum("bhst,bthd->bshd", share, c)
+    rounded = share.to(v.dtype).to(wide)
+    out = torch.einsum("bhst,bthd->bshd", share + (rounded - share).detach(), c)
     log = top.masked_fill(empty, 0.0) + total.masked_fill(empty, 1.0).log()
-    # The gradient of a score, P (dP - dO out), has its own rounding of out: with P = e^(s - lse),
-    # it is what would come of rounding out by a factor of lse.
-    rounding = (out.to(q.dtype).to(wide) - out).detach().nan_to_num(0.0, 0.0, 0.0)
-    out = out + rounding * (1.0 + (log.detach() - log).transpose(1, 2))
+    if wide != q.dtype:
+        # A score's gradient P (dP - dO out) has the rounded out in it. As P = e^(s - lse), that is
+        # what comes of a rounding that is multiplied by 1 - lse, lse's own value taken off.
+        exact = torch.einsum("bhst,bthd->bshd", share, c).detach()
+        rounding = (out.detach().to(q.dtype).to(wide) - exact).nan_to_num(0.0, 0.0, 0.0)
+        out = out + rounding * (log.detach() - log).transpose(1, 2)
     out = out.to(q.dtype).view(q.shape)
     if not return_lse:
         return out

@@ -85,8 +85,11 @@ def run(kernel: Kernel, function: Callable[..., Any], call: Call,
     return results + list(torch.autograd.grad(outputs, inputs, upstream))
 
 
-def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
-    """err(got) <= 2 err(beside) + one correct rounding, in the maximum and the root mean square."""
+def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor], tiny: float = 1e-30) -> None:
+    """err(got) <= 2 err(beside) + one correct rounding, in the maximum and the root mean square.
+
+    Of fewer than 16 numbers, both are luck, and a whole rounding unit is allowed. tiny: an error to allow on top, as of float32 terms that cancel.
+    """
     assert len(got) == len(beside) == len(truth)
     for i, (a, b, c) in enumerate(zip(got, beside, truth, strict=True)):
         assert a.shape == c.shape, f"tensor {i}: {a.shape}, not {c.shape}"
@@ -104,11 +107,11 @@ def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor]) -> None:
         ours, theirs = a[finite].double() - exact, b[finite].double() - exact
         if not exact.numel():
             continue
-        rounding = torch.finfo(a.dtype).eps
+        rounding, few = torch.finfo(a.dtype).eps, a.numel() < 16
         for name, norm, part in (("largest", lambda t: t.abs().max(), 0.5),
                                  ("mean", lambda t: t.square().mean().sqrt(), 0.125)):
             size = norm(exact)
-            allowed = 2 * norm(theirs) + (part * rounding + 1e-6) * size + 1e-30
+            allowed = 2 * norm(theirs) + ((1.0 if few else part) * rounding + 1e-6) * size + tiny
             assert norm(ours) <= allowed, (
                 f"tensor {i} ({tuple(a.shape)} {a.dtype}): {name} error {norm(ours):.3e}, allowed "
                 f"{allowed:.3e} (reference {norm(theirs):.3e}, size {size:.3e})")
