@@ -12,18 +12,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastllm.patching import _activations, _check, _layers, _loss, _norms, _rope
+from fastllm.patching import _activations, _attention, _check, _layers, _loss, _masks, _norms, _rope
+from fastllm.patching._attention import register
 from fastllm.patching._instance import Replacement, current, foreign, put, take_back
 from fastllm.patching.report import Replaced, Report, Skipped
 
-__all__ = ["KINDS", "Replaced", "Report", "Skipped", "patch", "unpatch"]
+__all__ = ["KINDS", "Replaced", "Report", "Skipped", "patch", "register", "unpatch"]
 
 KINDS: dict[str, Callable[[nn.Module], Replacement | str | None]] = {
     "norm": _norms.find, "activation": _activations.find, "rope": _rope.find,
-    "embedding": _layers.find_embedding, "dropout": _layers.find_dropout, "loss": _loss.find,
+    "attention": _attention.find, "embedding": _layers.find_embedding,
+    "dropout": _layers.find_dropout, "loss": _loss.find,
 }
+
+
+Trials = dict[str, tuple[nn.Module, Replacement]]
 
 
 def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
@@ -31,7 +36,7 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
 
     model: a transformers model, wrapped by peft or not, or any torch.nn.Module, with its weights
     loaded and before it is compiled, sharded or given to a trainer. skip: kinds to leave alone,
-    out of "norm", "activation", "rope", "embedding", "dropout" and "loss".
+    out of "norm", "activation", "rope", "attention", "embedding", "dropout" and "loss".
 
     Parameters, classes, hooks and state_dict stay as they are; `unpatch` undoes it. In training
     with labels the logits are made only if something reads `output.logits`. Raises ValueError for
@@ -50,7 +55,7 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
         report.skipped.append(Skipped("", type(model).__name__, why))
         return report
     with _still(model):
-        trials: dict[str, dict[str, tuple[nn.Module, Replacement]]] = {"rope": {}, "loss": {}}
+        trials: dict[str, Trials] = {"rope": {}, "attention": {}, "loss": {}}
         for path, module in todo:
             for kind, find in KINDS.items():
                 found = None if kind in skip else _find(find, module)
@@ -61,6 +66,7 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
                 elif found is not None:
                     _put(report, path, module, found)
         _try_rope(model, report, trials["rope"])
+        _try_attention(model, report, trials["attention"])
         _try_loss(model, report, trials["loss"])
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     report.replaced.sort(key=lambda entry: order[entry.path])
@@ -94,8 +100,7 @@ def _put(report: Report, path: str, module: nn.Module, found: Replacement) -> No
     report.replaced.append(Replaced(path, type(module).__name__, found.by))
 
 
-def _try_rope(model: nn.Module, report: Report,
-              trials: dict[str, tuple[nn.Module, Replacement]]) -> None:
+def _try_rope(model: nn.Module, report: Report, trials: Trials) -> None:
     """Replace the attentions whose rotation agrees on the tables of a real forward."""
     if not trials:
         return
@@ -108,8 +113,33 @@ def _try_rope(model: nn.Module, report: Report,
             _put(report, path, module, found)
 
 
-def _try_loss(model: nn.Module, report: Report,
-              trials: dict[str, tuple[nn.Module, Replacement]]) -> None:
+def _try_attention(model: nn.Module, report: Report, trials: Trials) -> None:
+    """Replace the attentions that agree in a real forward, padded and not, and let the modules
+    above them make our masks where all of them take these."""
+    if not trials:
+        return
+    register()
+    modules = {path: module for path, (module, _) in trials.items()}
+    makers = _masks.makers(model)
+    whys = _attention.watch(modules, makers, partial(_sample, model), _paddings(model))
+    native = set()
+    for path, (module, found) in trials.items():
+        name = type(module).__name__
+        if path in whys:
+            report.skipped.append(Skipped(path, name, whys[path]))
+            native.add(_masks.above(path, makers))
+            continue
+        if rope := current(module):
+            report.replaced.remove(Replaced(path, name, rope))
+            function = _attention.attending(type(module).forward, True)
+            found = Replacement(function, f"{rope} + {found.by}", found.method)
+        _put(report, path, module, found)
+    for path, (module, found) in makers.items():
+        if path not in native:
+            put(module, found)
+
+
+def _try_loss(model: nn.Module, report: Report, trials: Trials) -> None:
     """Replace the heads whose fused loss is the model's own on a real forward."""
     for path, (module, found) in trials.items():
         put(module, found)
@@ -121,17 +151,31 @@ def _try_loss(model: nn.Module, report: Report,
             report.replaced.append(Replaced(path, type(module).__name__, found.by))
 
 
-def _sample(model: Any) -> Any:
+def _sample(model: Any, padding: Tensor | None = None) -> Any:
     """The model's output for a few random ids, with labels where it takes them."""
     config = model.config.get_text_config()
     device = next(model.parameters()).device
     torch.manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (2, 7), device=device)
     inputs = {"input_ids": ids}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
-    if "labels" in inspect.signature(type(inner).forward).parameters:
+    if padding is not None:
+        inputs["attention_mask"] = padding
+    if "labels" in _takes(model):
         inputs["labels"] = ids.masked_fill(ids % 3 == 0, -100)
     return model(**inputs)
+
+
+def _paddings(model: Any) -> list[Tensor | None]:
+    """Attention masks for `_sample`: none, and one whose rows are padded behind and before."""
+    if "attention_mask" not in _takes(model):
+        return [None]
+    rows = [[1, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    return [None, torch.tensor(rows, device=next(model.parameters()).device)]
+
+
+def _takes(model: Any) -> Collection[str]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's
+    return inspect.signature(type(inner).forward).parameters
 
 
 @contextmanager

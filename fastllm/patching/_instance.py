@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-METHODS = ("forward", "_old_forward", "_apply_gate")
+METHODS = ("forward", "_old_forward", "_apply_gate", "_create_attention_masks")
 MARK = "_fastllm"
 
 

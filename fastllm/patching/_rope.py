@@ -1,8 +1,4 @@
-"""RoPE: an attention's forward, unchanged, with another `apply_rotary_pos_emb` among its globals.
-
-transformers' attention modules call a function of their modeling file. An instance gets a copy of
-its class's forward whose globals are the file's own, but for that one name; the file is untouched.
-"""
+"""RoPE: an attention's forward, unchanged, with another rotation among its globals."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -14,6 +10,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _check
+from fastllm.patching._globals import rebound
 from fastllm.patching._instance import Replacement, method_of, put, take_back
 
 NAME = "apply_rotary_pos_emb"
@@ -47,24 +44,12 @@ def find(module: nn.Module) -> Replacement | str | None:
         _compare(forward.__globals__[NAME], like.dtype, like)
     except (_check.Differs, TypeError, ValueError) as error:
         return f"{NAME}: {error}"
-    return Replacement(_rotating(forward), "ops.rope", method_of(module))
-
-
-def _with(forward: FunctionType, apply: Apply) -> FunctionType:
-    """A copy of a forward that finds `apply` where its globals have NAME."""
-    names = {**forward.__globals__, NAME: apply}
-    twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__,
-                        forward.__closure__)
-    twin.__kwdefaults__ = forward.__kwdefaults__
-    twin.__dict__.update(forward.__dict__)
-    twin.__doc__, twin.__module__ = forward.__doc__, forward.__module__
-    twin.__annotations__ = dict(forward.__annotations__)
-    return twin
+    return Replacement(rotating(forward), "ops.rope", method_of(module))
 
 
 @cache
-def _rotating(forward: FunctionType) -> FunctionType:
-    return _with(forward, rotate)
+def rotating(forward: FunctionType) -> FunctionType:
+    return rebound(forward, {NAME: rotate})
 
 
 def _compare(theirs: Apply, dtype: torch.dtype, like: Tensor) -> None:
@@ -98,7 +83,7 @@ def watch(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
 
     for path, module in modules.items():
         forward: Any = type(module).forward
-        twin = _with(forward, both(path, forward.__globals__[NAME]))
+        twin = rebound(forward, {NAME: both(path, forward.__globals__[NAME])})
         put(module, Replacement(twin, "trial", method_of(module)))
     try:
         run()

@@ -10,31 +10,34 @@ import families
 
 import fastllm
 
-RMS, ROPE, LOSS = "ops.rms_norm", "ops.rope", "ops.linear_cross_entropy"
+RMS, LOSS = "ops.rms_norm", "ops.linear_cross_entropy"
+ATTENTION = "ops.attention"
+BOTH = "ops.rope + ops.attention"
 EMBED, DROP, GATE = "ops.embedding", "ops.dropout", "ops.swiglu"
 GEMMA_RMS, GEGLU = "ops.rms_norm(offset=1)", 'ops.geglu(approximate="tanh")'
 REPLACED = {
-    "llama": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1},
-    "mistral": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1},
-    "qwen2": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1},
-    "qwen3": {EMBED: 1, GATE: 2, RMS: 9, ROPE: 2, LOSS: 1},
-    "gemma2": {"ops.embedding, scaled": 1, GEGLU: 2, GEMMA_RMS: 9, ROPE: 2, LOSS: 1},
-    "gemma3": {"ops.embedding, scaled": 1, GEGLU: 2, GEMMA_RMS: 13, ROPE: 2, LOSS: 1},
-    "phi3": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1, DROP: 4},
-    "phi4": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1, DROP: 4},
-    "mixtral": {EMBED: 1, GATE: 2, RMS: 5, ROPE: 2, LOSS: 1},
-    "qwen3_moe": {EMBED: 1, GATE: 2, RMS: 9, ROPE: 2, LOSS: 1},
-    "gpt2": {EMBED: 2, "ops.layer_norm": 5, DROP: 7, LOSS: 1},
-    "bert": {EMBED: 3, "ops.layer_norm": 6, DROP: 7, LOSS: 1},
+    "llama": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1},
+    "mistral": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1},
+    "qwen2": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1},
+    "qwen3": {EMBED: 1, GATE: 2, RMS: 9, BOTH: 2, LOSS: 1},
+    "gemma2": {"ops.embedding, scaled": 1, GEGLU: 2, GEMMA_RMS: 9, BOTH: 2, LOSS: 1},
+    "gemma3": {"ops.embedding, scaled": 1, GEGLU: 2, GEMMA_RMS: 13, BOTH: 2, LOSS: 1},
+    "phi3": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1, DROP: 4},
+    "phi4": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1, DROP: 4},
+    "mixtral": {EMBED: 1, GATE: 2, RMS: 5, BOTH: 2, LOSS: 1},
+    "qwen3_moe": {EMBED: 1, GATE: 2, RMS: 9, BOTH: 2, LOSS: 1},
+    "gpt2": {EMBED: 2, ATTENTION: 2, "ops.layer_norm": 5, DROP: 7, LOSS: 1},
+    "bert": {EMBED: 3, ATTENTION: 2, "ops.layer_norm": 6, DROP: 7, LOSS: 1},
     "t5": {EMBED: 5, GEGLU: 4, RMS: 12, DROP: 16, LOSS: 1},
 }
+LEFT = {"t5": {"T5Attention"}}  # which add a bias to the scores
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_everything_is_replaced(family):
     report = fastllm.patch(families.build(family))
     assert collections.Counter(entry.by for entry in report.replaced) == REPLACED[family]
-    assert not report.skipped, report
+    assert {entry.what for entry in report.skipped} == LEFT.get(family, set()), report
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
@@ -48,7 +51,9 @@ def test_loss_and_gradients(family, training, masked):
     ours, our_grads = families.step(model, **inputs)
     torch.testing.assert_close(ours.loss, out.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(our_grads, grads, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.as_tensor(ours.logits[...]), out.logits, atol=1e-5, rtol=1e-5)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    torch.testing.assert_close(torch.as_tensor(ours.logits[...])[real], out.logits[real],
+                               atol=1e-5, rtol=1e-5)
     # What else the model returns is as it was: the loss of a mixture's router, for one.
     assert ours.keys() == out.keys()
     if "aux_loss" in out:
@@ -68,7 +73,7 @@ def test_bfloat16_is_as_near_to_float32(family):
         return abs(out.loss.item() - truth.loss.item()), float((flat[0] - flat[1]).norm())
 
     theirs = errors()
-    assert not fastllm.patch(model).skipped
+    assert {entry.what for entry in fastllm.patch(model).skipped} == LEFT.get(family, set())
     ours = errors()
     assert ours[0] <= 2 * theirs[0] + 0.01
     assert ours[1] <= 1.5 * theirs[1]

@@ -400,7 +400,8 @@ def test_hooks_of_accelerate_stay():
     for module in list(model.modules()):
         accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
     report = fastllm.patch(model)
-    assert {entry.by for entry in report.replaced} >= {"ops.rms_norm", "ops.rope", "ops.swiglu"}
+    assert {entry.by for entry in report.replaced} >= {
+        "ops.rms_norm", "ops.rope + ops.attention", "ops.swiglu"}
     check(model, families.build("llama"))
     fastllm.unpatch(model)
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
@@ -424,7 +425,7 @@ def test_a_model_that_cannot_be_run():
 
 def test_kinds():
     model = families.build("llama")
-    report = fastllm.patch(model, skip=("loss", "rope", "embedding"))
+    report = fastllm.patch(model, skip=("loss", "rope", "embedding", "attention"))
     assert {entry.by for entry in report.replaced} == {"ops.rms_norm", "ops.swiglu"}
     with pytest.raises(ValueError, match="no kind 'norms'"):
         fastllm.patch(model, skip=("norms",))
