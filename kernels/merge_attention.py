@@ -200,9 +200,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor,
 
     out_a, out_b (B, S, H, D) or packed (T, H, D), of floating types that may differ: the result
     has the wider one, float32 for many parts; lse_a, lse_b (B, H, S) or (H, T) float32. A part in
-    which a query sees no key has lse -inf and counts for nothing, whatever its out is. Parts with sinks: give them to
-    one call alone. Differentiable in all four. Raises ValueError or TypeError where shapes or types
-    do not fit.
+    which a query sees no key has lse -inf and counts for nothing, whatever its out is. Sinks belong
+    into one part alone. Differentiable in all four. Raises ValueError or TypeError where shapes or
+    types do not fit.
     """
     check(out_a, lse_a, out_b, lse_b)
     return _merge(out_a, lse_a, out_b, lse_b)

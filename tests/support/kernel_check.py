@@ -85,10 +85,12 @@ def run(kernel: Kernel, function: Callable[..., Any], call: Call,
     return results + list(torch.autograd.grad(outputs, inputs, upstream))
 
 
-def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor], tiny: float = 1e-30) -> None:
+def judge(got: list[Tensor], beside: list[Tensor], truth: list[Tensor],
+          tiny: float = 1e-30) -> None:
     """err(got) <= 2 err(beside) + one correct rounding, in the maximum and the root mean square.
 
-    Of fewer than 16 numbers, both are luck, and a whole rounding unit is allowed. tiny: an error to allow on top, as of float32 terms that cancel.
+    Of fewer than 16 numbers, both are luck, and a whole rounding unit is allowed. tiny: an error to
+    allow on top, as of float32 terms that cancel.
     """
     assert len(got) == len(beside) == len(truth)
     for i, (a, b, c) in enumerate(zip(got, beside, truth, strict=True)):
