@@ -34,6 +34,13 @@ def environment(name: str, default: str | None = None) -> str | None:
     return os.environ.get(name, default)
 
 
+def cache_folder() -> Path:
+    """Where what a machine need find out only once is kept: fastllm in $XDG_CACHE_HOME, which must
+    be absolute, else in ~/.cache. Raises RuntimeError where a user has no home."""
+    given = Path(environment("XDG_CACHE_HOME") or "")
+    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "fastllm"
+
+
 def from_yaml(path: str | Path) -> dict[str, Any]:
     """The nested dict in a YAML file. Raises UserError naming the file and the line."""
     try:

@@ -175,6 +175,7 @@ class _Run:
             for callback in trainer.callbacks:
                 callback.on_start({"step": trainer.progress.step, "total_steps": self.total_steps})
             trainer.run()
+            self.write_dispatch()
             summary = self.finish()
             for callback in trainer.callbacks:
                 callback.on_end(summary)
@@ -192,11 +193,15 @@ class _Run:
         stored = replace(self.settings, resume=False)
         (self.folder / "config.yaml").write_text(config.to_yaml(stored), encoding="utf-8")
         _json(self.folder / "environment.json", environment(self.device))
-        dispatch = {op: {"backend": backend, "reason": reason}
-                    for op, (backend, reason) in ops.dispatch(self.device).items()}
-        _json(self.folder / "dispatch.json", dispatch)
+        self.write_dispatch()
         _json(self.folder / "data.json", self.prepared.report.to_dict())
         self.prepared.tokenizer.save(self.folder / "tokenizer.json")
+
+    def write_dispatch(self) -> None:
+        """dispatch.json, at the start and again after training: what runs attention is measured."""
+        _json(self.folder / "dispatch.json", {
+            op: {"backend": backend, "reason": reason}
+            for op, (backend, reason) in ops.dispatch(self.device).items()})
 
     def finish(self) -> dict[str, Any]:
         """The summary; where the run came to its end also xz's figure, continuations and model/."""

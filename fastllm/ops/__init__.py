@@ -5,6 +5,7 @@ extension fastllm._C) and "reference" (plain torch, any device). "auto", the def
 for CUDA tensors and cpp for CPU tensors if it was built; where an op has no such implementation,
 for float64 and for other devices it takes the reference. `dispatch` says what that comes to and
 why. A backend asked for by name that cannot run raises; so does a CUDA tensor without Triton.
+On CUDA, "auto" measures attention: ours beside torch's and flash-attn's (`_contest`).
 """
 
 from functools import partial
@@ -40,7 +41,7 @@ from fastllm.kernels import rope as _rope
 from fastllm.kernels import sgd as _sgd
 from fastllm.kernels import swiglu as _swiglu
 from fastllm.kernels.quant import NF4, Int8, quantize_int8, quantize_nf4
-from fastllm.ops import _plain
+from fastllm.ops import _contenders, _contest, _plain
 from fastllm.ops._dispatch import (
     BACKENDS,
     TABLE,
@@ -60,7 +61,9 @@ __all__ = ["BACKENDS", "NF4", "OPS", "Int8", "dispatch", "quantize_int8", "quant
 adagrad_step = face(_adagrad.adagrad_step, reference=_adagrad.reference)
 adamw_step = face(_adamw.adamw_step, cpp=cpu.adamw_step,
                   cpp_lacks=("exp_avg_scales", "exp_avg_sq_scales"), reference=_adamw.reference)
-attention = face(_attention.attention, cpp=cpu.attention, reference=_plain.attention)
+attention = face(_attention.attention, triton=_contenders.triton, cpp=cpu.attention,
+                 reference=_plain.attention, measured=_contest.attention,
+                 summary=_contest.summary)
 cross_entropy = face(_cross_entropy.cross_entropy, cpp=cpu.cross_entropy,
                      cpp_lacks=("weight", "logit_scale", "return_metrics"),
                      reference=_cross_entropy.reference)

@@ -34,6 +34,10 @@ class Op:
     """What the reference comes to on CUDA, where there is no kernel."""
     compiled: bool
     """Whether the C++ implementation needs the extension."""
+    measured: Callable[..., Any] | None = None
+    """What runs on CUDA where nothing was asked for: it picks among Triton and others by time."""
+    summary: Callable[[torch.device], str] = str
+    """What `measured` has picked, in words."""
 
 
 TABLE: dict[str, Op] = {}
@@ -43,8 +47,8 @@ _asked: dict[str, str] = {}
 def register(prototype: Callable[..., Any], *, triton: Callable[..., Any] | None = None,
              cpp: Callable[..., Any] | None = None, reference: Callable[..., Any],
              cpp_lacks: Sequence[str] = (), on_cuda: str = "no Triton kernel yet",
-             compiled: bool = True) -> Op:
-    """Enter an op, named and with the signature of `prototype`, into the table."""
+             compiled: bool = True, **more: Any) -> Op:
+    """Enter an op, named and with the signature of `prototype`, into the table; more: of `Op`."""
     name = prototype.__name__
     parameters = inspect.signature(prototype).parameters
     lacks = {option: parameters[option].default for option in cpp_lacks}
@@ -52,7 +56,7 @@ def register(prototype: Callable[..., Any], *, triton: Callable[..., Any] | None
         cpp = _without(cpp, frozenset(lacks))
     given = {"triton": triton, "cpp": cpp, "reference": reference}
     TABLE[name] = Op(name, {key: function for key, function in given.items() if function},
-                     lacks, on_cuda, compiled)
+                     lacks, on_cuda, compiled, **more)
     return TABLE[name]
 
 
@@ -65,14 +69,17 @@ def _without(function: Callable[..., Any], options: frozenset[str]) -> Callable[
     return call
 
 
-def face(kernel: Callable[P, R], *, cpp: Callable[..., Any] | None = None,
-         reference: Callable[..., Any], cpp_lacks: Sequence[str] = ()) -> Callable[P, R]:
+def face(kernel: Callable[P, R], *, triton: Callable[..., Any] | None = None,
+         cpp: Callable[..., Any] | None = None, reference: Callable[..., Any],
+         cpp_lacks: Sequence[str] = (), **more: Any) -> Callable[P, R]:
     """The public function of a kernel's op: its signature and docstring, any backend.
 
     cpp_lacks: options that the C++ implementation does not have. A call that uses one runs the
-    reference where nothing was asked for, and raises where "cpp" was.
+    reference where nothing was asked for, and raises where "cpp" was. triton: what to call in the
+    kernel's place; more: of `Op`.
     """
-    op = register(kernel, triton=kernel, cpp=cpp, reference=reference, cpp_lacks=cpp_lacks)
+    op = register(kernel, triton=triton or kernel, cpp=cpp, reference=reference,
+                  cpp_lacks=cpp_lacks, **more)
 
     @functools.wraps(kernel)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -145,6 +152,8 @@ def pick(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[...
     if reason:
         raise RuntimeError(
             f"{op.name}: the {backend} backend cannot run on {tensor.device}: {reason}")
+    if backend == "triton" and op.measured is not None and op.name not in _asked:
+        return op.measured
     return op.backends[backend]
 
 
@@ -179,5 +188,12 @@ def use_backend(backend: str, *ops: str) -> Iterator[None]:
 def dispatch(device: torch.device | str) -> dict[str, tuple[str, str]]:
     """{op: (backend, reason)} for floating-point tensors (but float64) on a device, as set now."""
     device = torch.device(device)
-    return {name: (_asked[name], "asked for") if name in _asked else _automatic(op, device)
-            for name, op in TABLE.items()}
+    found = {}
+    for name, op in TABLE.items():
+        backend, reason = _automatic(op, device)
+        if name in _asked:
+            backend, reason = _asked[name], "asked for"
+        elif backend == "triton" and op.measured is not None:
+            reason = f"{reason}; {op.summary(device)}"
+        found[name] = backend, reason
+    return found
