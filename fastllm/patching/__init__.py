@@ -56,17 +56,19 @@ def patch(model: nn.Module, *, skip: Collection[str] = ()) -> Report:
         return report
     with _still(model):
         trials: dict[str, Trials] = {"rope": {}, "attention": {}, "loss": {}}
+        others = []
         for path, module in todo:
             for kind, find in KINDS.items():
                 found = None if kind in skip else _find(find, module)
                 if isinstance(found, str):
                     report.skipped.append(Skipped(path, type(module).__name__, found))
+                    others += [path] if kind == "attention" else []
                 elif found is not None and kind in trials:
                     trials[kind][path] = module, found
                 elif found is not None:
                     _put(report, path, module, found)
         _try_rope(model, report, trials["rope"])
-        _try_attention(model, report, trials["attention"])
+        _try_attention(model, report, trials["attention"], others)
         _try_loss(model, report, trials["loss"])
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     report.replaced.sort(key=lambda entry: order[entry.path])
@@ -113,14 +115,15 @@ def _try_rope(model: nn.Module, report: Report, trials: Trials) -> None:
             _put(report, path, module, found)
 
 
-def _try_attention(model: nn.Module, report: Report, trials: Trials) -> None:
+def _try_attention(model: nn.Module, report: Report, trials: Trials,
+                   others: Collection[str]) -> None:
     """Replace the attentions that agree in a real forward, padded and not, and let the modules
-    above them make our masks where all of them take these."""
+    above them make our masks where all below take these; others: paths that do not."""
     if not trials:
         return
     register()
     modules = {path: module for path, (module, _) in trials.items()}
-    makers = _masks.makers(model)
+    makers = _masks.makers(model, others)
     whys = _attention.watch(modules, makers, partial(_sample, model), _paddings(model))
     native = set()
     for path, (module, found) in trials.items():

@@ -59,6 +59,8 @@ def attend(kind: str, theirs: Function, module: nn.Module, query: Tensor, key: T
         if isinstance(attention_mask, Mask):
             if attention_mask.queries is None and _lengths(options):
                 attention_mask = _dense(attention_mask, query, key, options)
+                if kind == "eager":
+                    attention_mask = _added(attention_mask, query.dtype)
             else:
                 attention_mask = attention_mask.native()
         return theirs(module, query, key, value, attention_mask, **options)
@@ -161,6 +163,11 @@ def _dense(mask: Mask, query: Tensor, key: Tensor, options: Mapping[str, Any]) -
     return seen[None, None]
 
 
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as eager functions add it to the scores."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def _own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
          **options: Any) -> tuple[Tensor, Tensor | None]:
     """What a model loaded with "fastllm" runs beyond the op: its file's eager function where SDPA
@@ -175,8 +182,7 @@ def _own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention
     if eager is None:
         raise ValueError(f"attention: {type(module).__name__} has no function for {lacks[0]}")
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-            ~attention_mask, torch.finfo(query.dtype).min)
+        attention_mask = _added(attention_mask, query.dtype)
     return eager(module, query, key, value, attention_mask, **options)
 
 
@@ -184,16 +190,14 @@ def _own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention
 
 
 class Table:
-    """Stands for ALL_ATTENTION_FUNCTIONS in a patched forward."""
+    """Stands for ALL_ATTENTION_FUNCTIONS, `own`, in a patched forward."""
 
-    def __init__(self, around: Callable[[str, Function], Function]):
-        self.around = around
+    def __init__(self, own: Any, around: Callable[[str, Function], Function]):
+        self.own, self.around = own, around
 
     def get_interface(self, name: str, default: Function) -> Function:
         """What runs for the implementation that the config names, now or since set by the user."""
-        from transformers import AttentionInterface
-
-        theirs = AttentionInterface().get_interface(name, default)
+        theirs = self.own.get_interface(name, default)
         return self.around(name, theirs) if name in NATIVE else theirs
 
 
@@ -220,11 +224,13 @@ def find(module: Any) -> Replacement | str | None:
 @cache
 def attending(forward: FunctionType, rope: bool) -> FunctionType:
     """A copy of a forward that runs ops.attention; rope: and ops.rope."""
-    return rebound(forward, _names(_around, rope))
+    return _running(forward, _around, rope)
 
 
-def _names(around: Callable[[str, Function], Function], rope: bool) -> dict[str, Any]:
-    return {TABLE: Table(around), **({_rope.NAME: _rope.rotate} if rope else {})}
+def _running(forward: FunctionType, around: Callable[[str, Function], Function],
+             rope: bool) -> FunctionType:
+    names = {TABLE: Table(forward.__globals__[TABLE], around)}
+    return rebound(forward, {**names, _rope.NAME: _rope.rotate} if rope else names)
 
 
 def watch(modules: Mapping[str, nn.Module], makers: Mapping[str, tuple[nn.Module, Replacement]],
@@ -263,7 +269,7 @@ def _trial(modules: Mapping[str, nn.Module], before: Mapping[str, str],
            around: Callable[[str, str, Function], Function]) -> None:
     for path, module in modules.items():
         forward: Any = type(module).forward
-        function = rebound(forward, _names(partial(around, path), bool(before[path])))
+        function = _running(forward, partial(around, path), bool(before[path]))
         put(module, Replacement(function, "trial", method_of(module)))
 
 
@@ -289,8 +295,9 @@ def _compare(results: dict[str, list[tuple[Tensor, Tensor]]], whys: dict[str, st
                  mask: Any = None, **options: Any) -> tuple[Tensor, Tensor | None]:
         out, exact = results[path].pop(0)
         why = beyond(kind, module, query, key, value, mask, options)
-        if why:
+        if why and padding is None:
             whys[path] = f"its call has what ops.attention has not: {why}"
+        if why:
             return out, None
         try:
             ours = _fused(kind, module, query, key, value, mask, options)

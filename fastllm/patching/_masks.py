@@ -42,6 +42,10 @@ class Mask(NamedTuple):
     keys: Tensor | None = None
     """The same for the B * Sk keys."""
 
+    def contiguous(self) -> Tensor | None:
+        """generate() makes masks ahead for a static cache, and wants tensors."""
+        return self.native()
+
 
 class Native:
     """Makes transformers' own mask, once a forward."""
@@ -175,8 +179,11 @@ def _documents(position_ids: Tensor) -> Tensor:
 # --------------------------------------------------------------------- who makes masks in a model
 
 
-def makers(model: nn.Module) -> dict[str, tuple[nn.Module, Replacement]]:
-    """The modules that make masks, by path, and what lets them make ours."""
+def makers(model: nn.Module, others: Collection[str]) -> dict[str, tuple[nn.Module, Replacement]]:
+    """The modules that make masks, by path, and what lets them make ours.
+
+    others: paths of attentions that want transformers' own; so whoever makes these is left out.
+    """
     found = {}
     for path, module in model.named_modules():
         for name in METHODS:
@@ -188,13 +195,15 @@ def makers(model: nn.Module) -> dict[str, tuple[nn.Module, Replacement]]:
             if not foreign(module, where):
                 with suppress(ValueError):  # then it makes transformers' own
                     found[path] = module, Replacement(_asking(method), "", where)
+    for path in others:
+        found.pop(above(path, found), None)
     return found
 
 
-def above(path: str, makers: Collection[str]) -> str | None:
-    """The maker of the masks that a module at `path` gets: the nearest above it."""
+def above(path: str, makers: Collection[str]) -> str:
+    """The maker of the masks that a module at `path` gets: the nearest above it; or "none"."""
     over = [maker for maker in makers if not maker or path == maker or path.startswith(maker + ".")]
-    return max(over, key=len, default=None)
+    return max(over, key=len, default="none")
 
 
 def _asking(method: Callable[..., Any]) -> Callable[..., Any]:
