@@ -30,8 +30,8 @@ from fastllm.ops._tune import Tuned  # noqa: E402
 def table(tuned: Tuned) -> str:
     """Lines for people: the table's time, the winner and what it gains, then every other."""
     times = tuned.milliseconds
-    best = times.get(_tune.name_of(tuned.best), times.get(_tune.TABLE, float("nan")))
-    old = times.get(_tune.TABLE, float("nan"))
+    best = times.get(_tune.name_of(tuned.best), times.get(_tune.SHIPPED, float("nan")))
+    old = times.get(_tune.SHIPPED, float("nan"))
     lines = [f"{tuned.kernel} width {tuned.width} strain {tuned.strain}: "
              f"{_tune.name_of(tuned.best)} {best:.3f} ms; table {_tune.name_of(tuned.table)} "
              f"{old:.3f} ms"]

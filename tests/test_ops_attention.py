@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastllm import ops
+from fastllm import ops, run
+from fastllm.kernels import _attention_tables
 from fastllm.kernels import attention as _attention
-from fastllm.ops import _contenders, _contest, _dispatch, _memory, _timing
+from fastllm.ops import _contenders, _contest, _dispatch, _memory, _timing, _tune
 from fastllm.ops._contenders import Contender
 
 SHAPE = (2, 12, 4, 16)
@@ -28,6 +29,9 @@ def qkv(*shapes, dtype=torch.float32, grad=True):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)
             for shape in shapes or [SHAPE] * 3]
+
+
+HALF = partial(qkv, dtype=torch.bfloat16)
 
 
 class Ring:
@@ -70,6 +74,7 @@ def forget(monkeypatch):
     """As in a new process."""
     monkeypatch.setattr(_memory, "_machines", None)
     monkeypatch.setattr(_contest, "_used", {})
+    monkeypatch.setattr(_contest, "_settled", {})
 
 
 @pytest.fixture
@@ -141,6 +146,24 @@ def test_arguments_are_checked_before_anyone_runs(ring):
     with pytest.raises(ValueError, match="query heads are not a multiple"):
         _contest.attention(*qkv((1, 3, 4, 8), (1, 3, 3, 8), (1, 3, 3, 8)))
     assert not ring.calls
+
+
+def test_an_option_that_there_is_not_raises_whoever_would_run(ring):
+    ring.ran()
+    ring.calls.clear()
+    with pytest.raises(TypeError, match="dropout"):
+        _contest.attention(*qkv(), dropout=0.1)
+    with pytest.raises(ValueError, match="takes up to 256"):
+        _contenders.CONTENDERS[0].run(*qkv((1, 2, 1, 264), (1, 2, 1, 264), (1, 2, 1, 264)))
+    _contest.attention(*qkv((1, 2, 1, 264), (1, 2, 1, 264), (1, 2, 1, 264)))
+    assert {name for name, _ in ring.calls} == {"triton"}
+
+
+def test_calls_that_were_settled_are_not_kept_without_end(ring, monkeypatch):
+    monkeypatch.setattr(_contest, "MOST", 3)
+    for scale in (0.1, 0.2, 0.3, 0.4, 0.1):
+        assert ring.ran(scale=scale)[0] == "fast"
+    assert len(_contest._settled) == 2
 
 
 def test_autocast_decides_the_type(ring):
@@ -219,6 +242,7 @@ def test_one_that_was_chosen_and_raises_gives_way_with_a_warning(ring, monkeypat
         _contest.attention(*qkv())
     ring.fails = {"fast": torch.OutOfMemoryError("full")}
     _contest._used.update(dict.fromkeys(_contest._used, "fast"))
+    _contest._settled.clear()
     with pytest.raises(torch.OutOfMemoryError):  # not a thing to hide
         _contest.attention(*qkv())
 
@@ -278,6 +302,56 @@ def test_one_that_cannot_be_traced_gives_way_in_a_graph(ring):
     ring.calls.clear()
     compiled()(*qkv())
     assert {name for name, _ in ring.calls} == {"triton"}
+
+
+def test_an_export_of_any_length_is_ours(ring):
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v):
+            return _contest.attention(q, k, v, causal=True)
+
+    ring.ran(causal=True)
+    _contest.CONTENDERS = _contenders.CONTENDERS
+    length = torch.export.Dim("length", max=4096)
+    program = torch.export.export(Layer(), tuple(HALF(grad=False)), dynamic_shapes=[
+        {1: length}] * 3)
+    ops_in_it = {str(node.target) for node in program.graph.nodes}
+    assert "fastllm.attention.default" in ops_in_it
+
+
+@pytest.mark.parametrize("chosen", ["sdpa flash", "triton", "flash-attn 3"])
+def test_what_is_remembered_is_traced_if_it_can_be(flash3, monkeypatch, chosen):
+    monkeypatch.setattr(_contest, "known", lambda device, kind: chosen)
+    tensors = HALF(grad=False)
+    (node,) = [node for node in make_graph(tensors) if "attention" in str(node.target)]
+    assert (chosen == "sdpa flash") == ("scaled_dot_product" in str(node.target))
+
+
+def make_graph(tensors):
+    found = []
+
+    def record(graph, inputs):
+        found.extend(graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(_contest.attention, fullgraph=True, backend=record)(*tensors)
+    return found
+
+
+def test_kept_tiles_are_taken_while_a_graph_is_traced():
+    def layer(x):
+        _tune.use_kept("cpu")
+        return x + 1
+
+    _memory.remember(_memory.machine("cpu"), "tiles", {"forward 90 64 0": [32, 16, 4, 1]})
+    _tune._use_kept.cache_clear()
+    try:
+        torch._dynamo.reset()
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(2))
+        assert _attention_tables.override({}) == {
+            ("forward", 90, 64, 0): _attention_tables.Tiles(32, 16, 4, 1)}
+    finally:
+        _tune._use_kept.cache_clear()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -432,10 +506,21 @@ def test_dispatch_says_what_was_chosen(ring, monkeypatch):
     assert ops.dispatch("cuda")["attention"] == ("triton", words)  # by the process before
 
 
+def test_a_run_writes_what_was_chosen(ring, tmp_path, monkeypatch):
+    monkeypatch.setattr(_memory, "machine", lambda device: "this GPU")
+    part_of_a_run = types.SimpleNamespace(folder=tmp_path, device=torch.device("cuda"))
+    run._Run.write_dispatch(part_of_a_run)
+    before = json.loads((tmp_path / "dispatch.json").read_text())
+    ring.ran()
+    run._Run.write_dispatch(part_of_a_run)
+    after = json.loads((tmp_path / "dispatch.json").read_text())
+    assert after.pop("attention") == {
+        "backend": "triton", "reason": "CUDA tensors; measured per shape: fast 1 shape"}
+    assert before.pop("attention")["reason"] == "CUDA tensors; measured per shape"
+    assert before == after
+
+
 # ---------------------------------------------------------------------------- the real contenders
-
-
-HALF = partial(qkv, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])

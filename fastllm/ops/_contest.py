@@ -20,6 +20,7 @@ is ours, unmeasured.
 """
 
 import functools
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -30,47 +31,75 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fastllm.kernels import attention as _attention
 from fastllm.kernels._spec import autocast
-from fastllm.kernels.attention import WIDEST, check
 from fastllm.ops import _memory
 from fastllm.ops._contenders import CONTENDERS, Contender
 from fastllm.ops._timing import fastest, line, measure
 
+OPTIONS = frozenset(inspect.signature(_attention.attention).parameters) - {"q", "k", "v"}
+MOST = 4096
 _used: dict[tuple[str, str], str] = {}
 """By machine and kind, what runs in this process."""
+_settled: dict[tuple[Any, ...], Contender] = {}
+"""The same by the very call, as finding its kind takes longer than a launch; at most MOST."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     """`ops.attention` by whoever is fastest for this shape."""
-    check(q, k, v, *map(options.get, ("window", "softcap", "scale", "cu_seqlens_q",
-                                      "cu_seqlens_k", "sinks")))
+    _attention.check(q, k, v, *map(options.get, ("window", "softcap", "scale", "cu_seqlens_q",
+                                                 "cu_seqlens_k", "sinks")))
     ours = CONTENDERS[0]
-    if q.shape[-1] > WIDEST:
-        return ours.run(q, k, v, **options)  # which says that it cannot
+    # Ours alone says what is wrong with a call, and has no sizes that an export would be bound to.
+    if q.shape[-1] > _attention.WIDEST or any(name not in OPTIONS for name in options) or (
+            torch.compiler.is_exporting()):
+        return ours.run(q, k, v, **options)
     q, k, v = autocast(q, k, v)
     needed = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    able = [one for one in CONTENDERS
-            if not one.lacks(q, k, v, differentiated=needed, **options)]
-    if len(able) == 1:
-        return able[0].run(q, k, v, **options)
-    kind = kind_of(q, k, needed, able, **options)
-    name = known(str(q.device), kind)
-    if not name and _may_measure(q):
-        name = _measure(able, q, k, v, options, needed, kind)
-    chosen = next((one for one in able if one.name == name), ours)
     if torch.compiler.is_compiling():
+        chosen = _choose(q, k, v, needed, options)[0]
         return (chosen if chosen.traced else ours).run(q, k, v, **options)
+    call = (q.device, q.dtype, q.shape, k.shape, needed, *[
+        (name, True if isinstance(value, Tensor) else value) for name, value in options.items()])
+    settled = _settled.get(call)
+    if settled is None:
+        settled, for_good = _choose(q, k, v, needed, options)
+        if for_good:
+            if len(_settled) >= MOST:
+                _settled.clear()
+            _settled[call] = settled
     try:
-        return chosen.run(q, k, v, **options)
+        return settled.run(q, k, v, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the same kind, but not the shape that was timed
-        if chosen is ours:
+        if settled is ours:
             raise
-        warnings.warn(f"attention: {chosen.name} failed and triton takes its place for {kind}: "
+        kind = kind_of(q, k, needed, _able(q, k, v, needed, options), **options)
+        warnings.warn(f"attention: {settled.name} failed and triton takes its place for {kind}: "
                       f"{line(error)}", stacklevel=2)
-        _keep(str(q.device), kind, {"chosen": ours.name, "out": {chosen.name: line(error)}})
+        _keep(str(q.device), kind, {"chosen": ours.name, "out": {settled.name: line(error)}})
+        _settled.clear()
         return ours.run(q, k, v, **options)
+
+
+def _able(q: Tensor, k: Tensor, v: Tensor, differentiated: bool,
+          options: dict[str, Any]) -> list[Contender]:
+    return [one for one in CONTENDERS
+            if not one.lacks(q, k, v, differentiated=differentiated, **options)]
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, differentiated: bool,
+            options: dict[str, Any]) -> tuple[Contender, bool]:
+    """Who runs a call, and whether that is for good: it is not where nothing may be timed yet."""
+    able = _able(q, k, v, differentiated, options)
+    if len(able) == 1:
+        return able[0], True
+    kind = kind_of(q, k, differentiated, able, **options)
+    name = known(str(q.device), kind)
+    if not name and _may_measure(q):
+        name = _measure(able, q, k, v, options, differentiated, kind)
+    return next((one for one in able if one.name == name), CONTENDERS[0]), bool(name)
 
 
 def rounded(n: int) -> int:
@@ -131,6 +160,8 @@ def _measure(able: list[Contender], q: Tensor, k: Tensor, v: Tensor, options: di
     """Time those who can take the call; the name of the fastest, which is kept."""
     device = str(q.device)
     with ExitStack() as within:
+        within.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch's, on why a backend refuses: its error is kept
         on_gpu = q.device.type == "cuda"
         within.enter_context(torch.cuda.device_of(q))
         within.enter_context(torch.random.fork_rng([q.device] if on_gpu else []))

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.kernels._attention_tables import Key, Name, Tiles, key_of, override, tiles_of
+from fastllm.kernels._attention_tables import (
+    TABLE,
+    Key,
+    Name,
+    Tiles,
+    key_of,
+    override,
+    tiles_of,
+)
 from fastllm.kernels.attention import attention
 from fastllm.ops import _memory
 from fastllm.ops._timing import fastest, line, measure
@@ -23,7 +31,7 @@ GRID = tuple(Tiles(own, other, warps, stages) for own in (64, 128) for other in 
              for warps in (4, 8) for stages in (1, 2, 3, 4))
 SHAPE = (2, 4096, 2, 4)
 """Batch, tokens, key heads, query heads of each."""
-TABLE = "table"
+SHIPPED = "table"
 ROUNDING = 4.0
 """How far results may be from those of the table's tiles, in rounding units of the largest."""
 
@@ -41,7 +49,7 @@ class Tuned:
     best: Tiles
     """The table's where no other is clearly faster."""
     milliseconds: dict[str, float]
-    """By tiles, of the whole direction that the kernel is part of; TABLE is the table's."""
+    """By tiles, of the whole direction that the kernel is part of; SHIPPED is the table's."""
     out: dict[str, str]
     """Why the others are out, by tiles."""
 
@@ -88,10 +96,10 @@ def tune(kernel: Name, width: int, strain: int, device: torch.device | str, *,
 
         out = {name: why for name, tiles in candidates.items() if (why := checked(tiles))}
         times, failed = measure(
-            {TABLE: functools.partial(timed, table),
+            {SHIPPED: functools.partial(timed, table),
              **{name: functools.partial(timed, tiles) for name, tiles in candidates.items()
                 if name not in out}}, device)
-    best = candidates.get(fastest(times, TABLE), table)
+    best = candidates.get(fastest(times, SHIPPED), table)
     return Tuned(kernel, width, strain, key, table, best, times, out | failed)
 
 
@@ -110,17 +118,20 @@ def use_kept(device: str) -> None:
 
 @functools.lru_cache(64)
 def _use_kept(device: str) -> None:
-    place = _memory.machine(device)
-    for words, numbers in _memory.recall(place, "tiles").items():
-        before = override({})
+    kept: dict[Key, Tiles] = {}
+    for words, numbers in _memory.recall(_memory.machine(device), "tiles").items():
         try:
             kernel, *others = words.split()
-            found: Any = {(kernel, *map(int, others)): Tiles(*map(int, numbers))}
-            override(found | before)
+            entry: Any = {(kernel, *map(int, others)): Tiles(*map(int, numbers))}
+            with _tiles(entry):
+                kept |= entry
         except (TypeError, ValueError) as error:
-            override(before)
             warnings.warn(f"attention: the tiles kept as {words!r} are not used: {error}",
                           stacklevel=2)
+    # An entry serves higher strains too, where the table may have tiles of their own for a reason.
+    kept = {key: tiles for key, tiles in TABLE.items() if any(
+        (*key[:3], level) in kept for level in range(key[3]))} | kept
+    override(kept | override({}))
 
 
 @contextmanager

@@ -109,6 +109,15 @@ def test_what_is_kept_serves_the_next_process(clock, cache, monkeypatch):
     assert tables.override({}) == {}
 
 
+def test_the_tables_tiles_for_higher_strain_are_not_shadowed():
+    _memory.remember(_memory.machine("cpu"), "tiles", {
+        "keys 90 128 0": [16, 16, 4, 1], "keys 90 256 1": [16, 16, 4, 1]})
+    _tune.use_kept("cpu")
+    assert tables.override({}) == {
+        ("keys", 90, 128, 0): GRID[0], ("keys", 90, 256, 1): GRID[0],
+        ("keys", 90, 128, 2): tables.TABLE["keys", 90, 128, 2]}
+
+
 @pytest.mark.parametrize(("words", "numbers"), [
     ("forward 91 64 0", [16, 16, 4, 1]), ("forward", [16]), ("keys 90 64 0", 3)])
 def test_what_was_kept_and_cannot_be_is_said(words, numbers):
