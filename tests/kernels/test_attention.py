@@ -13,6 +13,8 @@ import cpu_check
 import kernel_check as kc
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from meter import Meter
 
 from fastllm import ops
@@ -139,6 +141,17 @@ def wide(tensors):
 
 @pytest.mark.parametrize("number", range(320))
 def test_every_option(number):
+    check(number)
+
+
+@pytest.mark.battery
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(number=st.integers(320, 1 << 40))
+def test_many_more_options(number):
+    check(number)
+
+
+def check(number):
     tensors, options, launch = draw(number)
     beside = run(reference, tensors, **options)
     count = len(beside) - sum(x is not None for x in tensors)
