@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.fx.experimental.proxy_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -245,6 +246,13 @@ def test_one_that_was_chosen_and_raises_gives_way_with_a_warning(ring, monkeypat
     _contest._settled.clear()
     with pytest.raises(torch.OutOfMemoryError):  # not a thing to hide
         _contest.attention(*qkv())
+
+
+def test_sizes_that_are_symbols_take_what_is_remembered_or_ours(ring):
+    graph = torch.fx.experimental.proxy_tensor.make_fx(
+        partial(_contest.attention, causal=True), tracing_mode="symbolic")(*qkv())
+    assert not ring.timed and {name for name, _ in ring.calls} == {"triton"}
+    torch.testing.assert_close(graph(*qkv()), _attention.reference(*qkv(), causal=True))
 
 
 class Watch(TorchDispatchMode):

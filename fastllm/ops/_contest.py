@@ -38,6 +38,7 @@ from fastllm.ops._contenders import CONTENDERS, Contender
 from fastllm.ops._timing import fastest, line, measure
 
 OPTIONS = frozenset(inspect.signature(_attention.attention).parameters) - {"q", "k", "v"}
+PLAIN = (Tensor, torch.nn.Parameter)
 MOST = 4096
 _used: dict[tuple[str, str], str] = {}
 """By machine and kind, what runs in this process."""
@@ -56,7 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return ours.run(q, k, v, **options)
     q, k, v = autocast(q, k, v)
     needed = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(q) not in PLAIN:  # sizes that may be symbols
         chosen = _choose(q, k, v, needed, options)[0]
         return (chosen if chosen.traced else ours).run(q, k, v, **options)
     call = (q.device, q.dtype, q.shape, k.shape, needed, *[
@@ -146,7 +147,7 @@ def known(device: str, kind: str) -> str:
 
 
 def _may_measure(q: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(q) not in PLAIN:
         return False
     if _get_current_dispatch_mode() is not None:
         return False
