@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastllm.patching import _check
-from fastllm.patching._instance import Replacement, foreign, method_of, own
+from fastllm.patching._instance import Replacement, foreign, method_of
 from fastllm.patching._lazy import LazyLogits
 
 BY = "ops.linear_cross_entropy"
@@ -46,7 +46,7 @@ def _forwards(original: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
     def head_forward(self: Any, input: Tensor) -> Any:
         if lazy[0] and _check.bare(self):
             return LazyLogits(input, self)
-        return own(self, "forward")(input)
+        return type(self).forward(self, input)
 
     # Trainers read the names of the arguments; __wrapped__ would let accelerate unwrap too far.
     forward.__signature__ = signature  # type: ignore[attr-defined]

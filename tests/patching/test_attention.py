@@ -199,6 +199,32 @@ def test_values_narrower_than_keys(calls):
     assert len(calls) == 2
 
 
+def test_cross_attention(calls):
+    """Padding of the encoder hides keys from queries of another number, all of which count."""
+    config = hf.BartConfig(
+        vocab_size=families.VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    torch.manual_seed(0)
+    model = hf.BartForConditionalGeneration(config).train()
+    reference = copy.deepcopy(model)
+    report = fastllm.patch(model, **ATTEND)
+    assert len(report.replaced) == 6 and not report.skipped
+    for padding in ("whole", "both"):
+        inputs = {**batch(padding), "labels": families.batch()["labels"][:, :5].contiguous()}
+        out, grads = families.step(reference, **inputs)
+        calls.clear()
+        ours, our_grads = families.step(model, **inputs)
+        assert len(calls) == 6
+        torch.testing.assert_close(ours.logits, out.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(our_grads, grads, atol=1e-5, rtol=1e-5)
+    options = {**batch("before"), "max_new_tokens": 6, "do_sample": False}
+    del options["labels"]
+    theirs = reference.eval().generate(**options)
+    assert torch.equal(model.eval().generate(**options), theirs)
+
+
 # ----------------------------------------------------------------------------------- generation
 
 

@@ -101,3 +101,32 @@ def test_accelerate_unwraps_to_the_patched_forward():
     assert prepared(**families.batch()).loss.isfinite()
     assert accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).forward.__func__ is forward
     accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_sft(tmp_path, packing):
+    """TRL's trainer packs without padding and tells documents by their position_ids."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers, hf = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = {f"<{i}>": i for i in range(families.VOCAB)}
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<0>")),
+        pad_token="<0>", eos_token="<2>")
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, families.VOCAB, (5 + i % 7,), generator=generator)
+             .tolist()} for i in range(16)]
+    losses = []
+    for patched in (True, False):
+        model = families.build("llama")
+        if patched:
+            report = fastllm.patch(model, skip=("loss",))
+            assert any("ops.attention" in entry.by for entry in report.replaced)
+        trainer = trl.SFTTrainer(model, args=trl.SFTConfig(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, logging_steps=1,
+            report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+            learning_rate=1e-2, max_length=32, packing=packing),
+            train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
