@@ -56,6 +56,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 REGISTERS, WARPS, BLOCKS, RESERVED = 65536, 64, 32, 1024
 
+# The instructions of a generation that feed its tensor cores in full; older ones run at half.
+NATIVE = {90: r"\b(?:HGMMA|IGMMA|QGMMA)\b", 100: r"\bUTC\w*MMA\b"}
 TENSOR_CORE = r"\b(?:HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"
 FLOAT64 = r"\bD(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|\bMUFU\.\w*64H\b|\.F64\b"
 TILE_16 = r"tensor<(?:\d+x)*(\d+)x!tt\.ptr<b?f16>"
@@ -163,7 +165,8 @@ def examine(function: JITFunction, args: tuple, kwargs: dict, arch: int) -> dict
     return {"warps": metadata.num_warps, "registers": registers, "stack": stack,
             "spills": count(r"\b(?:LDL|STL)\b"), "shared": metadata.shared,
             "occupancy": occupancy(arch, registers, metadata.shared, metadata.num_warps),
-            "tensor_core": count(TENSOR_CORE), "float64": count(FLOAT64),
+            "tensor_core": count(TENSOR_CORE),
+            "native": count(NATIVE[arch]) if arch in NATIVE else 0, "float64": count(FLOAT64),
             "loads": widths(r"\bLDG(?:STS)?\.E\S*"), "stores": widths(r"\bSTG\.E\S*"),
             "async_copies": count(r"\bLDGSTS\b"), "tma": count(r"\bUTMA(?:LDG|STG|REDG)\b"),
             "dots": len(re.findall(r"tt\.dot .*(?:xb?f16>|xf8|xi8>|= tf32)", ttir)),
@@ -212,8 +215,8 @@ def worse(facts: dict[str, Any], golden: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {facts[name]}, was {golden[name]}"
     if facts["occupancy"] < golden["occupancy"]:
         yield f"occupancy {facts['occupancy']}, was {golden['occupancy']}"
-    for name in ("tensor_core", "async_copies", "tma"):
-        if golden[name] and not facts[name]:
+    for name in ("tensor_core", "native", "async_copies", "tma"):
+        if golden.get(name) and not facts[name]:  # files of before "native" lack it
             yield f"{name} gone, was {golden[name]}"
     for name in ("loads", "stores"):
         now, then = (max(map(int, f[name]), default=0) for f in (facts, golden))

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {"warps": 8, "registers": 40, "stack": 0, "spills": 0, "shared": 0, "occupancy": 0.75,
-         "tensor_core": 4, "float64": 0, "loads": {"128": 2}, "stores": {"128": 1},
+         "tensor_core": 4, "native": 4, "float64": 0, "loads": {"128": 2}, "stores": {"128": 1},
          "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True, "row_stores": True}
 
 
@@ -35,6 +35,7 @@ def test_what_is_planted_is_found(planted, arch):
     assert says["clean"] == says["product"] == []
     assert planted["clean"][arch]["loads"] == {"128": 1}
     assert planted["product"][arch]["dots"] == 1 and planted["product"][arch]["tensor_core"]
+    assert bool(planted["product"][arch]["native"]) == (arch == "90")
     assert any(line.startswith("float64") for line in says["float64"])
     assert {line.split()[0] for line in says["spills"]} == {"spills", "stack"}
     assert [line.split()[0] for line in says["narrow"]] == ["loads", "stores"]
@@ -52,8 +53,8 @@ def test_each_rule_of_the_gate(change, says):
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"registers": 57}, "registers 57, was 40"), ({"occupancy": 0.5}, "occupancy"),
-    ({"tensor_core": 0}, "tensor_core gone"), ({"async_copies": 0}, "async_copies gone"),
-    ({"shared": 8192}, "shared"), ({"loads": {"64": 9}}, "loads 64 bits wide, was 128")])
+    ({"tensor_core": 0}, "tensor_core gone"), ({"native": 0}, "native gone"),
+    ({"async_copies": 0}, "async_copies gone"), ({"shared": 8192}, "shared"), ({"loads": {"64": 9}}, "loads 64 bits wide, was 128")])
 def test_worse_than_the_golden_file_is_refused_and_better_is_not(change, says):
     assert says in "\n".join(audit.worse(CLEAN | change, CLEAN))
     better = {"registers": 56, "occupancy": 1.0, "loads": {"128": 9}, "tma": 2}

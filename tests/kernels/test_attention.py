@@ -145,7 +145,7 @@ def test_every_option(number):
 
 
 @pytest.mark.battery
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(number=st.integers(320, 1 << 40))
 def test_many_more_options(number):
     check(number)
