@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.patching import _activations, _attention, _check, _layers, _loss, _masks, _norms, _rope
+from fastllm.patching import (
+    _activations,
+    _attention,
+    _attention_trial,
+    _check,
+    _layers,
+    _loss,
+    _masks,
+    _norms,
+    _rope,
+)
 from fastllm.patching._attention import register
 from fastllm.patching._instance import Replacement, current, foreign, put, take_back
 from fastllm.patching.report import Replaced, Report, Skipped
@@ -124,7 +134,7 @@ def _try_attention(model: nn.Module, report: Report, trials: Trials,
     register()
     modules = {path: module for path, (module, _) in trials.items()}
     makers = _masks.makers(model, others)
-    whys = _attention.watch(modules, makers, partial(_sample, model), _paddings(model))
+    whys = _attention_trial.watch(modules, makers, partial(_sample, model), _paddings(model))
     native = set()
     for path, (module, found) in trials.items():
         name = type(module).__name__
