@@ -37,14 +37,19 @@ audit: $(STAMP)
 # CPU benchmarks, interleaved with their peers; JSON into bench/results/cpu-2core.
 bench: $(STAMP)
 	$(BIN)/python bench/optim.py
+	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/readme.py
 
-# Every kernel on this GPU beside its peers; JSON into bench/results/<device>.
+# Every kernel on this GPU beside its peers, attention over many shapes and 1,000 times over for
+# its bits; JSON into bench/results/<device>.
 gpu: $(STAMP)
 	$(BIN)/pytest tests/kernels
 	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/kernels.py --sweep --contender ours "sdpa cudnn" "sdpa flash" \
+		"flash-attn 3" "torch varlen" "flex attention"
+	$(BIN)/python bench/kernels.py --kernel attention --repeat-check 1000
 
 # Installed once, and again when a dependency, the packaging or the C++ changed.
 $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)

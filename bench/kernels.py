@@ -1,11 +1,17 @@
-"""Time every kernel of the registry on this GPU, beside torch, torch.compile and Liger.
+"""Time every kernel of the registry on this GPU, beside torch, torch.compile, Liger and others.
 
-    python bench/kernels.py [--out FILE] [--kernel NAME ...] [--dtype bfloat16] [--samples 50]
+    python bench/kernels.py [--out FILE] [--kernel NAME ...] [--options NAME ...]
+                            [--contender NAME ...] [--dtype bfloat16] [--samples 50]
+                            [--sweep] [--repeat-check RUNS]
 
 For each shape and direction: the median of the samples (CUDA events, after warm-up, the L2 cache
 flushed before each), GB/s or TFLOP/s against the kernel's floor, that as a share of the copy or
 matrix-product rate measured on this GPU in the same run, and peak memory. The JSON holds device,
-driver, versions, commit, clocks and every sample. Without a GPU: one line and exit code 2.
+driver, versions, commit, clocks and every sample, and why a contender was left out. Others'
+attention is first held to ours: a relative difference above DIFFERENCE is an error in its row.
+--sweep: at the shapes of SWEEPS in place of the kernels' own. --repeat-check: times nothing, but
+makes each call so many times, on inputs made anew; exit code 1 where the bits of a result or a
+gradient change and the options do not say that they may. Without a GPU: one line and exit code 2.
 """
 
 import argparse
@@ -28,11 +34,19 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda"
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-from peers import Forward, prepare  # noqa: E402
+from peers import PEERS, Forward, Lacks, prepare, results  # noqa: E402
 
-from fastllm.kernels._spec import Call, Kernel, kernels  # noqa: E402
+from fastllm.kernels._spec import Call, Kernel, Shape, kernels  # noqa: E402
 
-CONTENDERS = ("ours", "torch eager", "torch.compile", "torch fused", "liger")
+CONTENDERS = ("ours", "torch eager", "torch.compile", *PEERS)
+DIFFERENCE = 0.05
+# 16,384 tokens of 2,048 elements in sequences of one length. "packed" is the same for all lengths.
+SWEEPS: dict[str, list[tuple[Shape, str]]] = {"attention": [
+    ((16384 // length, length, length, 2048 // width // group, group, width), option)
+    for width, group, length in itertools.product((64, 128), (1, 4),
+                                                  (1024, 2048, 4096, 8192, 16384))
+    for option in ("", "causal", "causal, atomics", "window", "packed")
+    if option != "packed" or length == 1024]}
 
 
 class Clock:
@@ -101,34 +115,83 @@ def directions(kernel: Kernel, forward: Forward, call: Call) -> dict[str, Callab
     return found
 
 
-def measure(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, option: str, clock: Clock,
+def make(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str) -> Call:
+    """The arguments of a case, the same each time."""
+    return kernel.inputs(shape, dtype, DEVICE, torch.Generator(DEVICE).manual_seed(0),
+                         **kernel.bench_options.get(option, {}))
+
+
+def measure(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str,
+            contenders: list[str], clock: Clock,
             ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """Every contender and direction for one shape and one of the kernel's bench options."""
     options = dict(kernel.bench_options.get(option, {}))
-    results = []
-    for name in CONTENDERS:
+    rows = []
+    for name in contenders:
         # Arguments of its own: some contenders write into what they are given.
-        call = kernel.inputs(shape, dtype, DEVICE, torch.Generator(DEVICE).manual_seed(0),
-                             **options)
+        call = make(kernel, shape, dtype, option)
         row = {"kernel": kernel.name, "options": option, "dtype": str(dtype)[6:],
                "shape": dict(zip(kernel.axes, shape, strict=True)), "contender": name}
         try:
             forward = prepare(kernel, call, name)
             if forward is None:
                 continue
+            if name in PEERS and kernel.name == "attention":
+                row["difference"] = difference(kernel, forward, call)
             for direction, run in directions(kernel, forward, call).items():
                 parts = ("forward", "backward") if direction == "both" else (direction,)
                 floors = [sum(floor(shape, dtype, part, **options) for part in parts)
                           for floor in (kernel.floor_bytes, kernel.floor_flops)]
-                results.append(row | {"direction": direction} | timed(
+                rows.append(row | {"direction": direction} | timed(
                     run, *floors, clock, ceilings["copy"], ceilings[str(dtype)[6:]]))
+        except Lacks as reason:
+            rows.append(row | {"left_out": str(reason)})
         except Exception as error:  # a peer that cannot take a shape is a result, not the end
             if name == "ours":
                 raise
-            results.append(row | {"error": f"{type(error).__name__}: {error}"[:300]})
+            rows.append(row | {"error": f"{type(error).__name__}: {error}"[:300]})
         del call
+        torch.compiler.reset()  # or the next shapes run into the limit of recompilations
         torch.cuda.empty_cache()
-    return results
+    return rows
+
+
+def difference(kernel: Kernel, forward: Forward, call: Call) -> float:
+    """The largest of a contender's results to ours. Raises ValueError above DIFFERENCE."""
+    ours, theirs = ([x.detach().float() for x in results(kernel, run, call)]
+                    for run in (prepare(kernel, call, "ours"), forward))
+    found = max(float((b - a).norm() / a.norm()) for a, b in zip(ours, theirs, strict=True))
+    if not found <= DIFFERENCE:
+        raise ValueError(f"its results differ from ours by {found:.1e}")
+    return found
+
+
+def changes(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str, runs: int) -> int:
+    """How many of so many runs of our forward and backward give other bits than the first."""
+    first, changed = None, 0
+    for _ in range(runs):
+        call = make(kernel, shape, dtype, option)
+        found = [x.detach().flatten().view(torch.uint8)
+                 for x in results(kernel, prepare(kernel, call, "ours"), call)]
+        first = first or found
+        changed += not all(map(torch.equal, first, found))
+    return changed
+
+
+def repeat_check(cases: list[tuple[Kernel, Shape, str, str]],
+                 runs: int) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of how many of the runs changed, and whether none did that may not."""
+    rows, steady = [], True
+    for kernel, shape, dtype, option in cases:
+        promised = kernel.bench_options.get(option, {}).get("deterministic", True)
+        row = {"kernel": kernel.name, "options": option, "dtype": dtype, "runs": runs,
+               "shape": dict(zip(kernel.axes, shape, strict=True)), "deterministic": promised,
+               "changed": changes(kernel, shape, getattr(torch, dtype), option, runs)}
+        steady &= not (promised and row["changed"])
+        rows.append(row)
+        print(f"{title(row)} {row['changed']} of {runs} runs changed"
+              + ("" if promised else ", as they may"), flush=True)
+    return rows, steady
 
 
 def timed(run: Callable[[], Any], size: int, work: int, clock: Clock, copy: float,
@@ -176,13 +239,17 @@ def machine() -> dict[str, Any]:
             "when": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-def table(results: list[dict[str, Any]]) -> None:
-    for r in results:
-        shape = "x".join(map(str, r["shape"].values()))
-        op = f"{r['kernel']} {r['options']}"
-        name = f"{op:34} {shape:22} {r['dtype']:9} {r['contender']:14}"
-        if "error" in r:
-            print(f"{name} failed: {r['error']}")
+def title(row: dict[str, Any]) -> str:
+    shape, op = "x".join(map(str, row["shape"].values())), f"{row['kernel']} {row['options']}"
+    return f"{op:34} {shape:22} {row['dtype']:9}"
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    for r in rows:
+        name = f"{title(r)} {r['contender']:14}"
+        if "error" in r or "left_out" in r:
+            print(f"{name} failed: {r['error']}" if "error" in r
+                  else f"{name} left out: {r['left_out']}")
             continue
         rate = (f"{r['gigabytes_per_second']:8.0f} GB/s" if r["bound"] == "bytes"
                 else f"{r['teraflops']:6.0f} TFLOP/s")
@@ -190,40 +257,59 @@ def table(results: list[dict[str, Any]]) -> None:
               f"{100 * r['share_of_ceiling']:4.0f} % {r['peak_bytes'] / 1e6:9.1f} MB", flush=True)
 
 
+def cases(options: argparse.Namespace) -> list[tuple[Kernel, Shape, str, str]]:
+    """Kernel, shape, type and options of everything that was asked for."""
+    found = []
+    for kernel in kernels():
+        if options.kernel and kernel.name not in options.kernel:
+            continue
+        pairs = SWEEPS.get(kernel.name, []) if options.sweep else itertools.product(
+            kernel.bench_shapes, ("", *kernel.bench_options))
+        found += [(kernel, shape, dtype, option) for shape, option in pairs
+                  for dtype in options.dtype
+                  if options.options is None or option in options.options]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file (default: under bench/results/)")
     parser.add_argument("--kernel", nargs="*", help="only these")
+    parser.add_argument("--options", nargs="*", help='only these; "" is the plain call')
+    parser.add_argument("--contender", nargs="*", default=CONTENDERS, choices=CONTENDERS)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"],
                         choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--sweep", action="store_true", help="at the shapes of SWEEPS")
+    parser.add_argument("--repeat-check", type=int, metavar="RUNS", help="compare bits only")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench/kernels.py times kernels on an NVIDIA GPU, and torch finds none here",
               file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    clock = Clock(options.samples)
-    ceilings = rates(clock)
-    print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
-          f"bfloat16 product {ceilings['bfloat16'] / 1e12:.0f} TFLOP/s")
-    results = []
-    for kernel in kernels():
-        if options.kernel and kernel.name not in options.kernel:
-            continue
-        for shape, dtype, option in itertools.product(
-                kernel.bench_shapes, options.dtype, ("", *kernel.bench_options)):
-            rows = measure(kernel, shape, getattr(torch, dtype), option, clock, ceilings)
-            table(rows)
-            results += rows
+    todo, record, steady = cases(options), {}, True
+    if options.repeat_check:
+        name = "repeats"
+        rows, steady = repeat_check(todo, options.repeat_check)
+    else:
+        name, rows = "sweep" if options.sweep else "kernels", []
+        clock = Clock(options.samples)
+        ceilings = record["ceilings"] = rates(clock)
+        print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
+              f"bfloat16 product {ceilings['bfloat16'] / 1e12:.0f} TFLOP/s")
+        for kernel, shape, dtype, option in todo:
+            made = measure(kernel, shape, getattr(torch, dtype), option, options.contender, clock,
+                           ceilings)
+            table(made)
+            rows += made
     facts = machine()
     slug = facts["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
-    out = options.out or ROOT / "bench" / "results" / slug / "kernels.json"
+    out = options.out or ROOT / "bench" / "results" / slug / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": facts, "ceilings": ceilings, "results": results},
-                              indent=1) + "\n")
+    out.write_text(json.dumps({"machine": facts, **record, "results": rows}, indent=1) + "\n")
     print(f"written to {out}")
-    return 0
+    return 0 if steady else 1
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 `prepare(kernel, call, name)` turns the arguments of our op into a function without arguments that
 runs the contender's forward, with whatever its layout needs (Hugging Face's rotary tables, say)
-made beforehand; None where it is not installed or has no such op or option. Liger-Kernel runs in
-Triton's interpreter too, mended by `_on_the_interpreter` to do there what it does on an H100.
+made beforehand; None where it is not installed or has no such op or option, `Lacks` where there is
+a reason to give. Liger-Kernel runs in Triton's interpreter too, mended by `_on_the_interpreter` to
+do there what it does on an H100.
 """
 
 import functools
@@ -16,9 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastllm.kernels._spec import Call, Kernel
 from fastllm.kernels._triton import INTERPRETED, jit, tanh, tl
+from fastllm.kernels.attention import Window, bounds_of
+from fastllm.ops import _contenders
+from fastllm.ops._contenders import Contender
 
 Forward = Callable[[], Any]
 H100_MULTIPROCESSORS = 132
@@ -241,6 +246,132 @@ def adamw(params: Any, grads: Any, m: Any, v: Any, masters: Any, *, step: int, g
 TORCH = {"adamw": adamw}
 
 
+class Lacks(Exception):
+    """Why a contender that has the op cannot take a call."""
+
+
+def contender(one: Contender) -> Callable[..., Forward]:
+    """Attention by one of those whom `ops.attention` may choose; its backward is timed even where
+    it is not deterministic and so could not be chosen."""
+
+    def attention(*tensors: Tensor, **options: Any) -> Forward:
+        for side in "qk":
+            bounds = options.get(f"cu_seqlens_{side}")
+            if bounds is not None:  # known to who packs
+                options[f"max_seqlen_{side}"] = longest(bounds)
+        if reason := one.lacks(*tensors, differentiated=False, **options):
+            raise Lacks(reason)
+        return lambda: one.run(*tensors, **options)
+
+    return attention
+
+
+def longest(bounds: Tensor) -> int:
+    """Tokens of the longest of packed sequences."""
+    return int(bounds.diff().max())
+
+
+def _torch_attention(name: str, options: dict[str, Any]) -> Any:
+    """A module of torch.nn.attention. Raises Lacks where there is none, or for other options."""
+    if missing := [option for option in options if not option.startswith("max_seqlen")]:
+        raise Lacks(f"it has no {', '.join(missing)}")
+    try:
+        return importlib.import_module(f"torch.nn.attention.{name}")
+    except ImportError:
+        raise Lacks(f"torch {torch.__version__} has no torch.nn.attention.{name}") from None
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Window | None = None,
+           scale: float | None = None, cu_seqlens_q: Tensor | None = None,
+           cu_seqlens_k: Tensor | None = None, deterministic: bool = True,
+           **others: Any) -> Forward:
+    """torch's varlen_attn: flash attention over packed sequences, with windows."""
+    module = _torch_attention("varlen", others)
+    if q.dtype not in _contenders.HALVES:
+        raise Lacks("it takes bfloat16 and float16")
+    given = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    bounds = [torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * x.shape[1]
+              if ends is None else ends for x, ends in zip((q, k), given, strict=True)]
+    of_query, of_key = (int(ends[-1]) for ends in bounds)
+    near = bounds_of(causal, window, q.shape[-3], k.shape[-3])
+    lengths = [longest(ends) for ends in bounds]
+
+    def run() -> Tensor:
+        # Beyond the last sequence it writes nothing, where ours writes zeros.
+        queries, keys, values = (x.reshape(-1, *x.shape[-2:])[:n] for x, n in (
+            (q, of_query), (k, of_key), (v, of_key)))
+        out = module.varlen_attn(queries, keys, values, *bounds, *lengths, scale=scale,
+                                 window_size=near, enable_gqa=q.shape[-2] != k.shape[-2])
+        missing = q.numel() // q.shape[-2] // q.shape[-1] - of_query
+        if missing:
+            out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, missing))
+        return out.view(q.shape)
+
+    return run
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Window | None = None,
+         softcap: float | None = None, scale: float | None = None,
+         cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+         deterministic: bool = True, **others: Any) -> Forward:
+    """torch's FlexAttention, compiled on a GPU, its block mask made beforehand."""
+    function = _torch_attention("flex_attention", others).flex_attention
+    near = bounds_of(causal, window, q.shape[-3], k.shape[-3])
+    mask = _block_mask(q, k, *near, cu_seqlens_q,
+                       cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    if q.device.type == "cuda":  # fullgraph: it must rather fail than run unfused
+        function = torch.compile(function, dynamic=False, fullgraph=True)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    def run() -> Tensor:
+        tensors = ((x if x.dim() == 4 else x[None]).transpose(1, 2) for x in (q, k, v))
+        out = function(*tensors, score_mod=capped if softcap else None, block_mask=mask,
+                       scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+        return out.transpose(1, 2).view(q.shape) if q.dim() == 4 else out[0].transpose(0, 1)
+
+    return run
+
+
+def _block_mask(q: Tensor, k: Tensor, left: int, right: int, q_bounds: Tensor | None,
+                k_bounds: Tensor | None) -> Any:
+    """FlexAttention's form of which queries see which keys; None where all see all."""
+    if q_bounds is None and left < 0 and right < 0:
+        return None
+    make = importlib.import_module("torch.nn.attention.flex_attention").create_block_mask
+    sizes = q.shape[-3], k.shape[-3]
+
+    def near(query: Tensor, key: Tensor, shift: Any) -> Tensor:
+        inside = key >= 0
+        if right >= 0:
+            inside = inside & (key <= query + shift + right)
+        return inside & (key >= query + shift - left) if left >= 0 else inside
+
+    def dense(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return near(query, key, sizes[1] - sizes[0])
+
+    if q_bounds is None or k_bounds is None:
+        return make(dense, None, None, *sizes, device=q.device)
+    of_query, of_key = (torch.bucketize(torch.arange(n, device=q.device), ends[1:], right=True)
+                        for n, ends in zip(sizes, (q_bounds, k_bounds), strict=True))
+    shifts = torch.nn.functional.pad((k_bounds - q_bounds)[1:], (0, 1))  # nothing for the tail
+    sequences = q_bounds.shape[0] - 1
+
+    def packed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = of_query[query]
+        return (own == of_key[key]) & (own < sequences) & near(query, key, shifts[own])
+
+    return make(packed, None, None, *sizes, device=q.device)
+
+
+# What others have, by contender and by our op's name.
+PEERS: dict[str, dict[str, Callable[..., Forward | None]]] = {
+    "torch fused": TORCH, "liger": LIGER,
+    **{one.name: {"attention": contender(one)} for one in _contenders.CONTENDERS[1:]},
+    "torch varlen": {"attention": varlen}, "flex attention": {"attention": flex}}
+
+
 def _plain(function: Callable[..., Any]) -> Callable[[Call], Forward]:
     return lambda call: lambda: function(*call.args, **call.kwargs)
 
@@ -253,8 +384,8 @@ def prepare(kernel: Kernel, call: Call, name: str) -> Forward | None:
         return _plain(kernel.reference)(call)
     if name == "torch.compile":
         return _plain(torch.compile(kernel.reference))(call)
-    peer = {"liger": LIGER if _liger() else {}, "torch fused": TORCH}[name].get(kernel.name)
-    if peer is None:
+    peer = PEERS[name].get(kernel.name)
+    if peer is None or (name == "liger" and not _liger()):
         return None
     defaults = inspect.signature(kernel.public).parameters
     options = {name: value for name, value in call.kwargs.items()
@@ -264,3 +395,19 @@ def prepare(kernel: Kernel, call: Call, name: str) -> Forward | None:
     except TypeError:  # an option that the contender has not
         return None
     return peer(*call.args, **options)
+
+
+def results(kernel: Kernel, forward: Forward, call: Call) -> list[Tensor]:
+    """What a forward gives, with the gradients for an upstream that is the same for everyone."""
+    returned = forward()
+    if kernel.mutates:
+        return call.tensors()
+    outputs = [x for x in tree_leaves(returned) if isinstance(x, Tensor)]
+    outputs = [x for x in outputs if x.requires_grad] or outputs
+    if not outputs[0].requires_grad:
+        return outputs
+    generator = torch.Generator(outputs[0].device).manual_seed(2)
+    upstream = [torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+                if x.dim() else torch.ones_like(x) for x in outputs]
+    gradients = torch.autograd.grad(outputs, call.differentiated(), upstream, allow_unused=True)
+    return [*outputs, *(x for x in gradients if x is not None)]

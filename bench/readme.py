@@ -57,6 +57,43 @@ def optim() -> str:
     return table([f"optimizer step, {millions}", "torch fused", "fastllm", "speed"], rows)
 
 
+def attention() -> str:
+    """Attention on the CPU beside torch's, a row a contestant."""
+    result = load("cpu-2core/attention")
+    names = {"dense": "8 x 340 tokens, causal", "gqa": "the same, 2 key heads",
+             "packed": "48 documents in 8 x 340 tokens", "window": "2,048 tokens, window of 128",
+             "long": "2,048 tokens, causal"}
+    peers = {"SDPA": "SDPA", "SDPA, float32": "SDPA by way of float32",
+             "SDPA, repeated": "SDPA, heads repeated before", "SDPA, mask": "SDPA with a mask",
+             "SDPA, mask, float32": "SDPA with a mask by way of float32",
+             "SDPA, each": "SDPA once a document", "SDPA, causal": "SDPA without the window"}
+    rows = []
+    for case, name in names.items():
+        narrow, wide = (result["results"][f"{case} {dtype}"] for dtype in ("bfloat16", "float32"))
+        for peer in narrow["ratio"]:
+            cells = [cell for one in (narrow, wide) for cell in _beside(one, peer)]
+            rows.append([f"{name}: {peers[peer]}", *cells])
+    head = [f"{kind}{what}" for kind in ("bf16: ", "fp32: ") for what in (
+        "torch", "fastllm", "speed")]
+    note = ""
+    if result["isa"] != load("cpu-2core/optim")["isa"]:
+        note += f"\nThis table is of another machine: {result['machine']}, {result['isa']}.\n"
+    busy = max(one["others_share"] for one in result["results"].values())
+    if busy > 0.03:
+        note += (f"\nOther programs took up to {100 * busy:.0f}% of the processors meanwhile: the "
+                 "ratios say more than the times.\n")
+    return table([f"attention, forward + backward, {result['heads']} heads of "
+                  f"{result['head_dim']}", *head], rows) + note
+
+
+def _beside(result: dict, peer: str) -> list[str]:
+    """A peer's time, ours, and the ratio; dashes where it did not take part."""
+    if peer not in result["ratio"]:
+        return ["-"] * 3
+    times = result["milliseconds"]
+    return [f"{times[peer]:.1f} ms", f"{times['fastllm']:.1f} ms", f"{result['ratio'][peer]:.2f}x"]
+
+
 def demo() -> str:
     """What `make demo` reached."""
     result = load("cpu-2core/demo")
@@ -181,8 +218,8 @@ def audit() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "train": train, "optim": optim, "demo": demo, "traffic": traffic, "products": products,
-    "above_floor": above_floor, "memory": memory, "audit": audit}
+    "train": train, "optim": optim, "attention": attention, "demo": demo, "traffic": traffic,
+    "products": products, "above_floor": above_floor, "memory": memory, "audit": audit}
 
 
 def render(text: str) -> str:

@@ -4,19 +4,14 @@ import kernel_check as kc
 import peers
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("liger_kernel")
 SHARED = [kernel for kernel in kc.KERNELS if kernel.name in peers.LIGER]
 
 
 def results(kernel, name, call):
-    """Outputs and gradients as float64 vectors of one length each, so that a sum equals a mean."""
-    outputs = [x for x in tree_leaves(peers.prepare(kernel, call, name)()) if x.requires_grad]
-    generator = torch.Generator(kc.DEVICE).manual_seed(2)
-    upstream = [torch.randn(x.shape, generator=generator, device=kc.DEVICE) if x.dim()
-                else torch.ones_like(x) for x in outputs]
-    found = [*outputs, *torch.autograd.grad(outputs, call.differentiated(), upstream)]
+    """As float64 vectors of one length each, so that a sum equals a mean."""
+    found = peers.results(kernel, peers.prepare(kernel, call, name), call)
     return [x.detach().double().flatten() for x in found]
 
 
