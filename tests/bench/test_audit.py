@@ -54,7 +54,8 @@ def test_each_rule_of_the_gate(change, says):
 @pytest.mark.parametrize(("change", "says"), [
     ({"registers": 57}, "registers 57, was 40"), ({"occupancy": 0.5}, "occupancy"),
     ({"tensor_core": 0}, "tensor_core gone"), ({"native": 0}, "native gone"),
-    ({"async_copies": 0}, "async_copies gone"), ({"shared": 8192}, "shared"), ({"loads": {"64": 9}}, "loads 64 bits wide, was 128")])
+    ({"async_copies": 0}, "async_copies gone"), ({"shared": 8192}, "shared"),
+    ({"loads": {"64": 9}}, "loads 64 bits wide, was 128")])
 def test_worse_than_the_golden_file_is_refused_and_better_is_not(change, says):
     assert says in "\n".join(audit.worse(CLEAN | change, CLEAN))
     better = {"registers": 56, "occupancy": 1.0, "loads": {"128": 9}, "tma": 2}
