@@ -188,14 +188,38 @@ def memory() -> str:
 LAUNCH = re.compile(r"(liger )?(\S+) (.*?) ?(\d+(?:x\d+)*) (\S+)(?: #\d+)? sm_(\d+)")
 
 
-def audit() -> str:
-    """Machine code: each Triton function at the launch that takes the most registers."""
+def _launches() -> tuple[str, dict[tuple[str, ...], dict]]:
+    """(the newest Triton that was audited, {parts of a launch's name: facts})."""
     path = max((RESULTS / "audit").glob("triton-*.json"),
                key=lambda path: tuple(map(int, re.findall(r"\d+", path.stem))))
+    return path.stem.replace("-", " ").title(), {
+        LAUNCH.fullmatch(key).groups(): facts
+        for key, facts in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def attention_code() -> str:
+    """Machine code of attention's three kernels by head width and architecture."""
+    rows: dict[tuple[str, str, str], list[list[str]]] = {}
+    for (_, kernel, options, shape, function, _), facts in sorted(
+            _launches()[1].items(), key=lambda item: int(item[0][-1])):
+        name = function.strip("_").removesuffix("_kernel")
+        if kernel == "attention" and name in ("forward", "queries", "keys"):
+            rows.setdefault((name, shape.rpartition("x")[2], options or "plain"), []).append(
+                [str(facts["registers"]), f"{facts['shared'] // 1024}",
+                 str(facts["native"] or facts["tensor_core"]), str(facts["tma"] or "-")])
+    return table(
+        ["kernel", "head width", "options", "registers sm_80 / 90 / 100", "shared KiB",
+         "HMMA / HGMMA / UTCMMA", "TMA"],
+        [[*names, *map(" / ".join, zip(*by_arch, strict=True))] for names, by_arch in sorted(
+            rows.items(), key=lambda item: (item[0][0], int(item[0][1])))])
+
+
+def audit() -> str:
+    """Machine code: each Triton function at the launch that takes the most registers."""
+    version, launches = _launches()
     worst: dict[tuple[str, str], dict[int, dict]] = {}
     spilt = {"": [0, 0], "liger ": [0, 0]}
-    for key, facts in json.loads(path.read_text(encoding="utf-8")).items():
-        liger, kernel, _, shape, function, arch = LAUNCH.fullmatch(key).groups()
+    for (liger, kernel, _, shape, function, arch), facts in launches.items():
         by_arch = worst.setdefault((f"{liger or ''}{kernel}", function), {})
         if facts["registers"] >= by_arch.get(int(arch), facts)["registers"]:
             by_arch[int(arch)] = facts | {"shape": shape}
@@ -211,7 +235,7 @@ def audit() -> str:
                      str(max(f["spills"] for f in by_arch.values())), f"{facts['occupancy']:.2f}",
                      f"{facts['shared']:,}", str(facts["tensor_core"] or "-"),
                      " / ".join(str(bits or "-") for bits in widest)])
-    note = (f"\n{path.stem.replace('-', ' ').title()}. Launches that spill: {spilt[''][1]} of "
+    note = (f"\n{version}. Launches that spill: {spilt[''][1]} of "
             f"{spilt[''][0]}; of Liger's {spilt['liger '][1]} of {spilt['liger '][0]}.\n")
     return table(["launch", "shape", "warps", "registers sm_80 / 90 / 100", "spills", "occupancy",
                   "shared bytes", "tensor-core", "widest load / store"], rows) + note
@@ -219,7 +243,8 @@ def audit() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "train": train, "optim": optim, "attention": attention, "demo": demo, "traffic": traffic,
-    "products": products, "above_floor": above_floor, "memory": memory, "audit": audit}
+    "products": products, "above_floor": above_floor, "memory": memory, "audit": audit,
+    "attention_code": attention_code}
 
 
 def render(text: str) -> str:

@@ -145,7 +145,7 @@ def test_every_option(number):
 
 
 @pytest.mark.battery
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(number=st.integers(320, 1 << 40))
 def test_many_more_options(number):
     check(number)
@@ -284,7 +284,7 @@ def test_windows_are_masks(arch, queries, keys, window):
 
 def test_blocks_that_nobody_sees_are_not_read():
     """K and V as often as the tiling predicts, and products for the visible blocks alone."""
-    tokens, dim, block = 128, 16, 16
+    tokens, dim, block = 80, 16, 16
     q, k, v = (drawn(1, tokens, 1, dim, seed=i, dtype=torch.bfloat16) for i in range(3))
     count = tokens // block
     cases = {"all": ({}, count * count), "causal": ({"causal": True}, count * (count + 1) // 2),
