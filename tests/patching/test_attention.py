@@ -37,15 +37,7 @@ ATTEND = {"skip": [kind for kind in fastllm.patching.KINDS if kind != "attention
 
 def build(family, **changes):
     options = {**WINDOWS.get(family, {}), **changes}
-    if family not in OTHERS:
-        return families.build(family, **options)
-    model, config, given = OTHERS[family]
-    torch.manual_seed(0)
-    built = model(config(**{**given, **options}))
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return built.train()
+    return families.build(family, table=families.FAMILIES | OTHERS, **options)
 
 
 def patched(family, **changes):

@@ -38,9 +38,10 @@ FAMILIES = {
 }
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, **changes) -> torch.nn.Module:
+def build(family: str, dtype: torch.dtype = torch.float32, table=FAMILIES,
+          **changes) -> torch.nn.Module:
     """The same weights at every call; larger than a fresh model's, so that every part tells."""
-    model, config, options = FAMILIES[family]
+    model, config, options = table[family]
     torch.manual_seed(0)
     built = model(config(**{**options, **changes}))
     with torch.no_grad():
