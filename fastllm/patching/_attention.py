@@ -104,7 +104,7 @@ def _lengths(options: Mapping[str, Any]) -> bool:
 
 
 def fused(kind: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-           mask: Mask | None, options: Mapping[str, Any]) -> Tensor:
+          mask: Mask | None, options: Mapping[str, Any]) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     (rows, queries), keys, width = q.shape[:2], k.shape[1], v.shape[-1]
     if width < k.shape[-1]:
@@ -228,6 +228,6 @@ def attending(forward: FunctionType, rope: bool) -> FunctionType:
 
 
 def running(forward: FunctionType, around: Callable[[str, Function], Function],
-             rope: bool) -> FunctionType:
+            rope: bool) -> FunctionType:
     names = {TABLE: Table(forward.__globals__[TABLE], around)}
     return rebound(forward, {**names, _rope.NAME: _rope.rotate} if rope else names)

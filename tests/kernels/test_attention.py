@@ -44,9 +44,9 @@ def tiles(own=16, other=16, arch=90):
         _attention_tables.override(before)
 
 
-def drawn(*shape, dtype=torch.float32, seed=0, scale=1.0):
+def drawn(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator(DEVICE).manual_seed(seed)
-    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
 
 def bounds(*lengths):
