@@ -1,12 +1,12 @@
 """Optimizers, weight-decay groups, learning-rate schedules, loss scaling, accumulation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from fastllm.optim.accumulate import GradAccumulator
 from fastllm.optim.adamw import LAMB, AdamW, AdamW8bit
-from fastllm.optim.base import Optimizer
+from fastllm.optim.base import Optimizer, Place
 from fastllm.optim.config import OptimConfig
 from fastllm.optim.groups import ParamGroup, describe, param_groups
 from fastllm.optim.muon import Muon
@@ -15,7 +15,8 @@ from fastllm.optim.scaler import LossScaler
 from fastllm.optim.schedules import ScheduleConfig, lr_at
 
 __all__ = ["LAMB", "OPTIMIZERS", "SGD", "Adagrad", "AdamW", "AdamW8bit", "GradAccumulator", "Lion",
-           "LossScaler", "Muon", "OptimConfig", "Optimizer", "ParamGroup", "RMSprop",
+           "LossScaler", "Muon", "OptimConfig", "Optimizer", "ParamGroup", "Place",
+           "RMSprop",
            "ScheduleConfig", "describe", "lr_at", "make_optimizer", "param_groups"]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -24,6 +25,6 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def make_optimizer(named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig, *,
-                   seed: int = 0) -> Optimizer:
-    """The optimizer that `config` names."""
-    return OPTIMIZERS[config.name](named_parameters, config, seed=seed)
+                   seed: int = 0, places: Mapping[str, Place] | None = None) -> Optimizer:
+    """The optimizer that `config` names; places: where given pieces of parameters lie."""
+    return OPTIMIZERS[config.name](named_parameters, config, seed=seed, places=places)

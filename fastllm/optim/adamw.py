@@ -21,7 +21,7 @@ def _adam(config: OptimConfig) -> dict[str, Any]:
 class AdamW(Optimizer):
     """AdamW with decoupled weight decay; 8 bytes of states an element."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         return zeros(param, "exp_avg", "exp_avg_sq")
 
     def update(self, share: Share) -> None:
@@ -33,9 +33,9 @@ class AdamW(Optimizer):
 class AdamW8bit(AdamW):
     """AdamW with 8-bit moments and a scale for 256 of them; 2 bytes and 1/32 an element."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
-        if param.numel() < SMALL:
-            return super().new_states(name, param)
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
+        if whole < SMALL:
+            return super().new_states(name, param, whole)
         blocks = block8.blocks(param.numel())
         return {"exp_avg": torch.zeros_like(param, dtype=torch.int8),
                 "exp_avg_sq": torch.zeros_like(param, dtype=torch.uint8),
@@ -55,6 +55,8 @@ class AdamW8bit(AdamW):
 
 class LAMB(AdamW):
     """LAMB (You et al. 2020) for parameters with weight decay, AdamW for norms and biases."""
+
+    elementwise = False
 
     def update(self, share: Share) -> None:
         if share.group.name != "decay":

@@ -5,19 +5,33 @@ beside them; bf16 ones may instead be rounded stochastically, without a master.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastllm import ops
 from fastllm.config import UserError
+from fastllm.kernels._block8 import blocks
 from fastllm.optim.config import OptimConfig
 from fastllm.optim.groups import ParamGroup, param_groups
+from fastllm.pieces import Piece
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Place(NamedTuple):
+    """Where a piece of a parameter lies."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    offset: int
+    """Of the piece's first element in it."""
+    index: int
+    """Of the piece's first element among all parameters of the model."""
 
 
 @dataclass
@@ -61,6 +75,7 @@ class Optimizer:
     call `sync_masters`.
     seed: of stochastic rounding, which depends on it, on the step and on an element's place among
     all parameters in the given order; not on threads, groups or splits.
+    places: by name, where the parameters lie of which only pieces are given (a rank's own).
 
     A step is `norm = step(lr, gradients)` and, when the host has read the norm, `applied(finite)`.
     Where the norm is not finite, `step` leaves weights and states bitwise as they were: the device
@@ -71,29 +86,40 @@ class Optimizer:
     (`update`).
     """
 
+    elementwise: ClassVar[bool] = True
+    """Whether an element's update depends on nothing but itself, so that pieces can be updated."""
+
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig, *,
-                 seed: int = 0) -> None:
+                 seed: int = 0, places: Mapping[str, Place] | None = None) -> None:
         config.validate()
+        if places is not None and not self.elementwise:
+            raise UserError(f"optim.name {config.name} needs whole parameters, and dist.zero 1 to "
+                            "3 shards them: use dist.zero 0, or another optimizer")
         self.config, self.seed = config, seed
+        shapes = {name: place.shape for name, place in (places or {}).items()}
         self.groups = param_groups(named_parameters, config.weight_decay or 0.0,
-                                   decay_embeddings=config.decay_embeddings)
+                                   decay_embeddings=config.decay_embeddings, shapes=shapes,
+                                   may_be_empty=places is not None)
         ordered = sorted((position, name, param) for group in self.groups for position, name, param
                          in zip(group.positions, group.names, group.params, strict=True))
         self.names = [name for _, name, _ in ordered]
         self._params = [param for _, _, param in ordered]
         for name, param in zip(self.names, self._params, strict=True):
             self._check(name, param)
-        self.offsets = _offsets(self._params)
-        self.states = [self.new_states(name, param) for name, param in
-                       zip(self.names, self._params, strict=True)]
+        self.places = [Place(tuple(param.shape), 0, index) for param, index in
+                       zip(self._params, _offsets(self._params), strict=True)] \
+            if places is None else [places[name] for name in self.names]
+        self.offsets = [place.index for place in self.places]
+        self.states = [self.new_states(name, param, prod(place.shape)) for name, param, place in
+                       zip(self.names, self._params, self.places, strict=True)]
         """Of each parameter, by name; a state's name is its name in the checkpoint too."""
         self.masters = [self._master(param) for param in self._params]
         self.steps = 0
         """Steps that changed the weights."""
         self._unsettled = False
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
-        """A parameter's states as they are before the first step."""
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
+        """The states of a parameter, or of a piece of one of `whole` elements, before any step."""
         raise NotImplementedError
 
     def update(self, share: Share) -> None:
@@ -111,12 +137,13 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, gradients: Sequence[Tensor | None] | None = None, *,
-             unscale: float = 1.0) -> Tensor:
+             unscale: float = 1.0, norm: Tensor | None = None) -> Tensor:
         """One update; returns the global L2 norm of the gradients times `unscale`, 0-d fp32.
 
         gradients: one for each of `parameters()`, fp32 or 16-bit, left unchanged; None leaves its
         parameter alone. By default every `param.grad`.
         unscale: multiplies every gradient first (1 / loss scale).
+        norm: of the gradients before it, 0-d fp32, where other ranks hold some of them.
         Raises RuntimeError if `applied` was not called since the last step.
         """
         if self._unsettled:
@@ -127,9 +154,11 @@ class Optimizer:
             raise ValueError(f"expected {len(self._params)} gradients, one per parameter, found "
                              f"{len(given)}")
         grads = {i: grad.contiguous() for i, grad in enumerate(given) if grad is not None}
-        if not grads:
-            raise ValueError("no parameter has a gradient: call backward before step")
-        norm = ops.grad_norm(list(grads.values())) * unscale
+        if norm is None:
+            if not grads:
+                raise ValueError("no parameter has a gradient: call backward before step")
+            norm = ops.grad_norm(list(grads.values()))
+        norm = norm * unscale
         common = {"lr": lr, "step": self.steps + 1, "grad_scale": self._grad_scale(norm, unscale),
                   "stochastic_rounding": self.config.stochastic_rounding, "seed": self.seed}
         for group in self.groups:
@@ -152,6 +181,19 @@ class Optimizer:
         for param, master in zip(self._params, self.masters, strict=True):
             if master is not None:
                 master.copy_(param)
+
+    def pieces(self) -> list[Piece]:
+        """States and masters under their names in a checkpoint, as pieces of the whole ones."""
+        found = []
+        for name, states, master, place in zip(self.names, self.states, self.masters, self.places,
+                                               strict=True):
+            every = dict(states) if master is None else {**states, "master": master}
+            for state, tensor in every.items():
+                offset, shape = place.offset, place.shape
+                if state.endswith("_scale"):  # a number a block, of which pieces hold whole ones
+                    offset, shape = blocks(offset), (blocks(prod(shape)),)
+                found.append(Piece(f"{state}.{name}", tensor, offset, shape))
+        return found
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by name, counters ready for JSON). The tensors are the live ones, not copies."""

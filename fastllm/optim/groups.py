@@ -4,7 +4,7 @@ Decay pulls weights towards zero, which regularises matrices; on a norm's gain o
 biases the scale of the activations, so those are left out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -25,36 +25,40 @@ class ParamGroup:
         return sum(param.numel() for param in self.params)
 
 
-def decays(name: str, param: Tensor, *, decay_embeddings: bool = True) -> bool:
+def decays(name: str, dimensions: int, *, decay_embeddings: bool = True) -> bool:
     """Whether weight decay applies: matrices and larger, except norms and, if asked, embeddings."""
     words = name.lower()
-    if param.ndim < 2 or "norm" in words or words.endswith("bias"):
+    if dimensions < 2 or "norm" in words or words.endswith("bias"):
         return False
     return decay_embeddings or not any(word in words for word in ("embed", "wte", "wpe"))
 
 
 def param_groups(named_parameters: Iterable[tuple[str, Tensor]], weight_decay: float, *,
-                 decay_embeddings: bool = True) -> list[ParamGroup]:
+                 decay_embeddings: bool = True,
+                 shapes: Mapping[str, tuple[int, ...]] | None = None,
+                 may_be_empty: bool = False) -> list[ParamGroup]:
     """The groups "decay" and "no_decay" (those that are not empty) of the trainable parameters.
 
+    shapes: of whole parameters, by name, where pieces of them are given.
     Raises ValueError for a parameter or a name that comes twice, or when nothing is trainable.
     """
     decay, no_decay = ParamGroup("decay", weight_decay), ParamGroup("no_decay", 0.0)
     seen: dict[int, str] = {}
     position = 0
     for name, param in named_parameters:
-        if not param.requires_grad:
+        if not param.requires_grad and name not in (shapes or {}):
             continue
         if id(param) in seen or name in seen.values():
             raise ValueError(f"parameter {name} comes twice (first as "
                              f"{seen.get(id(param), name)}): it would be updated twice a step")
         seen[id(param)] = name
-        group = decay if decays(name, param, decay_embeddings=decay_embeddings) else no_decay
+        dimensions = len((shapes or {}).get(name, param.shape))
+        group = decay if decays(name, dimensions, decay_embeddings=decay_embeddings) else no_decay
         group.names.append(name)
         group.params.append(param)
         group.positions.append(position)
         position += 1
-    if not seen:
+    if not seen and not may_be_empty:
         raise ValueError("there is no parameter with requires_grad to optimize")
     return [group for group in (decay, no_decay) if group.params]
 

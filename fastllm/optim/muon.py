@@ -14,17 +14,19 @@ HEADS = {"lm_head", "head", "output", "embed_out", "score", "classifier"}
 
 def takes(name: str, param: Tensor) -> bool:
     """Whether a parameter is a matrix between activations: no embedding and no output head."""
-    inner = decays(name, param, decay_embeddings=False) and not HEADS & set(name.split("."))
+    inner = decays(name, param.ndim, decay_embeddings=False) and not HEADS & set(name.split("."))
     return param.ndim == 2 and inner
 
 
 class Muon(AdamW):
     """Muon, 4 bytes of states an element, and AdamW, 8, where `takes` is false."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    elementwise = False
+
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         if takes(name, param):
             return zeros(param, "momentum_buffer")
-        return super().new_states(name, param)
+        return super().new_states(name, param, whole)
 
     def update(self, share: Share) -> None:
         matrices, rest = share.split(["momentum_buffer" in states for states in share.states])

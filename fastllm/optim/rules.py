@@ -9,7 +9,7 @@ from fastllm.optim.base import Optimizer, Share, zeros
 class Lion(Optimizer):
     """Lion (Chen et al. 2023); 4 bytes of states an element. Wants a lower rate than AdamW."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         return zeros(param, "exp_avg")
 
     def update(self, share: Share) -> None:
@@ -22,7 +22,7 @@ class Lion(Optimizer):
 class SGD(Optimizer):
     """torch.optim.SGD; 4 bytes of states an element with momentum, none without."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         return zeros(param, "momentum_buffer") if self.config.momentum else {}
 
     def update(self, share: Share) -> None:
@@ -36,7 +36,7 @@ class SGD(Optimizer):
 class Adagrad(Optimizer):
     """torch.optim.Adagrad; 4 bytes of states an element."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         states = zeros(param, "state_sum")
         states["state_sum"].fill_(self.config.initial_accumulator or 0.0)
         return states
@@ -50,7 +50,7 @@ class Adagrad(Optimizer):
 class RMSprop(Optimizer):
     """torch.optim.RMSprop; 4 bytes of states an element, and 4 for each of momentum and centre."""
 
-    def new_states(self, name: str, param: Tensor) -> dict[str, Tensor]:
+    def new_states(self, name: str, param: Tensor, whole: int) -> dict[str, Tensor]:
         kept = [("square_avg", True), ("grad_avg", self.config.centered),
                 ("momentum_buffer", self.config.momentum)]
         return zeros(param, *(state for state, wanted in kept if wanted))

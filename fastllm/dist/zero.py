@@ -1,0 +1,462 @@
+"""ZeRO: data parallelism in which every rank keeps a part of what DDP keeps whole.
+
+    engine = zero.shard(model, stage=2)
+    optimizer = engine.optimizer("adamw", lr=3e-4, grad_clip=1.0)
+    for batch in batches:
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+stage 0: gradients are summed over ranks (DDP). 1: optimizer states and fp32 masters are sharded.
+2: also the gradients, across accumulation. 3: also the parameters. Every stage sums gradients in
+the same order and in fp32, so all of them train to the same bits.
+
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+2020.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastllm.config import RunError, UserError
+from fastllm.dist import collectives, mesh
+from fastllm.dist.mesh import World
+from fastllm.dist.partition import Run, fill, runs
+from fastllm.dist.python_engine import Options
+from fastllm.dist.units import Schedule, Unit, find_units
+from fastllm.optim import OptimConfig, make_optimizer
+from fastllm.optim.base import Place
+from fastllm.pieces import Piece
+
+STAGES = (0, 1, 2, 3)
+WIRES = ("same", "fp32", "bf16", "int8")
+OFFLOADS = ("none", "optimizer", "all")
+
+
+@dataclass
+class _Bucket:
+    """The names of a bucket's parameters, and this rank's part of them."""
+
+    number: int
+    names: list[str]
+    params: list[Tensor]
+    owned: list[Run]
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the ranks agreed on after the last backward of a step; on the device, not waited for."""
+
+    norm: Tensor
+    """The global L2 norm of the gradients, 0-d fp32; NaN where a rank lacks a gradient."""
+    totals: Tensor
+    """The sums over ranks of what `settle` was given."""
+    table: Tensor
+    missing: Callable[[int], str]
+
+    def check(self) -> None:
+        """Raises RunError, on every rank, naming a parameter that no micro-batch of a rank used."""
+        for rank, code in enumerate(self.table[:, 1].tolist()):
+            if code >= 0:
+                raise RunError(
+                    f"rank {rank}: {self.missing(int(code))} had no gradient in this step; freeze "
+                    "it with requires_grad_(False), or let the loss reach it on every rank")
+
+
+def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "same",
+          average: bool = True, bucket_mb: float = 25.0,
+          offload: Literal["none", "optimizer", "all"] = "none",
+          units: Iterable[nn.Module] | None = None, prefetch: bool = True, check: bool = False,
+          backend: Literal["auto", "cpp", "python"] = "auto",
+          fill_parameter: Callable[[str, Tensor], None] | None = None,
+          watch: Callable[[str | None], None] | None = None) -> "Zero":
+    """Shard a model over ranks, in place; call it on every rank, with the same model.
+
+    Args:
+        stage: 0 to 3, see above.
+        mesh: the ranks: a DeviceMesh of one dimension, a process group, or, by default, all.
+        wire_dtype: of gradients between ranks: "same" as the parameter's, "fp32", "bf16", or
+            "int8" with a scale for 256 elements and error feedback (4 bytes an element of memory).
+            Whatever it is, they are summed in fp32.
+        average: divide gradients by the number of ranks, as DDP does; False sums.
+        bucket_mb: MB of gradients in a bucket, below stage 3. (In stage 3 a unit is a bucket.)
+        offload: "optimizer": masters, optimizer states and their step are on the CPU; "all": in
+            stage 3 also the shards of the parameters.
+        units: stage 3: modules to gather at a time; by default each element of the outermost
+            ModuleLists.
+        prefetch: stage 3: gather the next unit while one computes. Needs the same order of units
+            in every forward.
+        check: compare the name of every collective over ranks before it starts (slow, to debug).
+        backend: the engine; "auto" is C++ where the extension was built.
+        fill_parameter: (name, tensor) -> None fills a whole parameter; for a model on the meta
+            device, whose parameters are then made one at a time, each cut at once. Else rank 0's
+            weights go to all ranks.
+        watch: hears what a wait is for, and None when it is over.
+
+    Raises:
+        UserError: ranks whose models differ, an impossible option, dtypes other than fp32, bf16,
+            fp16 and fp64.
+    """
+    for name, value, allowed in (("stage", stage, STAGES), ("wire_dtype", wire_dtype, WIRES),
+                                 ("offload", offload, OFFLOADS)):
+        if value not in allowed:
+            raise UserError(f"zero: {name} is {value!r}, use one of "
+                            f"{', '.join(map(str, allowed))}")
+    if stage == 0 and offload != "none":
+        raise UserError("zero: offload needs stage 1 or more: stage 0 has no shards")
+    return Zero(model, stage, _world(mesh), average=average, wire=wire_dtype, bucket_mb=bucket_mb,
+                offload=offload, units=units, prefetch=prefetch, check=check, backend=backend,
+                fill_parameter=fill_parameter, watch=watch)
+
+
+def _world(group: Any) -> World:
+    return mesh.of_group(group)
+
+
+class Zero:
+    """A sharded model, see `shard`. Between two steps: backward passes, `settle`, an optimizer's
+    update of `pieces` with `gradients`, `publish`; `ZeroOptimizer` does the last four."""
+
+    def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
+                 bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
+                 check: bool, backend: str,
+                 fill_parameter: Callable[[str, Tensor], None] | None,
+                 watch: Callable[[str | None], None] | None) -> None:
+        self.model, self.stage, self.world, self.offload = model, stage, world, offload
+        self.watch = watch or (lambda what: None)
+        found = find_units(model, units)
+        _same_models(model, world)
+        if fill_parameter is None:
+            _broadcast(model, world)
+        scale = 1.0 / world.size if average else 1.0
+        self._engine = collectives.engine(backend, world, Options(
+            wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3),
+            self.watch, new_group=stage == 3)
+        if check:
+            self._engine.check = self._same_collective
+        self._buckets: list[_Bucket] = []
+        self._schedule: Schedule | None = None
+        if stage == 3:
+            for unit in [*reversed(found[1:]), found[0]]:
+                self._add_unit(unit, fill_parameter)
+            self._schedule = Schedule(self._engine, found, prefetch=prefetch)
+        else:
+            self._add_all(dict(model.named_parameters()), bucket_mb * 1e6, fill_parameter)
+        self._trainable = [bucket for bucket in self._buckets if bucket.trainable]
+        if not self._trainable:
+            raise UserError("zero: no parameter of the model has requires_grad")
+        self._index = _indices(model)
+        self._own = sorted(
+            ((self._index[bucket.names[run.parameter]], bucket, run)
+             for bucket in self._trainable for run in bucket.owned),
+            key=lambda item: (item[0], item[2].offset))
+        self._host = self._on_host() if offload != "none" else None
+
+    # ------------------------------------------------------------------------------ construction
+
+    def _add_all(self, params: dict[str, Tensor], limit: float,
+                 fill_parameter: Callable[[str, Tensor], None] | None) -> None:
+        """Buckets of one dtype, from the last parameter to the first, as gradients come."""
+        for kind in dict.fromkeys((p.dtype, p.device) for p in params.values() if p.requires_grad):
+            chosen = [(name, p) for name, p in params.items()
+                      if p.requires_grad and (p.dtype, p.device) == kind]
+            chosen.reverse()
+            sizes = [param.numel() * param.element_size() for _, param in chosen]
+            for group in fill(sizes, int(limit)):
+                self._add([chosen[i] for i in group], True, fill_parameter)
+
+    def _add_unit(self, unit: Unit,
+                  fill_parameter: Callable[[str, Tensor], None] | None) -> None:
+        """A bucket for each dtype of a unit, frozen parameters apart."""
+        kinds = dict.fromkeys((p.dtype, p.requires_grad) for p in unit.params.values())
+        for kind in kinds:
+            chosen = [(name, p) for name, p in unit.params.items()
+                      if (p.dtype, p.requires_grad) == kind]
+            number = self._add(chosen, kind[1], fill_parameter)
+            (unit.trainable if kind[1] else unit.frozen).append(number)
+
+    def _add(self, chosen: Sequence[tuple[str, Tensor]], trainable: bool,
+             fill_parameter: Callable[[str, Tensor], None] | None) -> int:
+        for name, param in chosen:
+            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise UserError(f"zero: {name} is {param.dtype}; float32, bfloat16, float16 and "
+                                "float64 can be sharded")
+        if fill_parameter is not None:
+            for name, param in chosen:
+                if param.is_meta:
+                    raise UserError(f"zero: {name} is on the meta device")
+        names = [name for name, _ in chosen]
+        label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+        number = self._engine.add(label, [param for _, param in chosen], trainable)
+        owned = runs(self._engine.layout(number), [self.world.rank])
+        self._buckets.append(_Bucket(number, names, [param for _, param in chosen], owned,
+                                     trainable))
+        return number
+
+    def _on_host(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each trainable bucket: parameters and gradients of this rank's shard, on the CPU."""
+        def beside(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+        host = {}
+        for bucket in self._trainable:
+            shard, grad = self._engine.shard(bucket.number), self._engine.grad(bucket.number)
+            host[bucket.number] = beside(shard).copy_(shard), beside(grad)
+        return host
+
+    # ----------------------------------------------------------------------------------- the step
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within: gradients stay on their rank, summed in fp32, until a backward outside."""
+        before, self._engine.local = self._engine.local, True
+        try:
+            yield
+        finally:
+            self._engine.local = before
+
+    def micro_batch(self, last: bool) -> Any:
+        """A context for the forward and backward of one micro-batch of a step: below stage 2 only
+        the last one's gradients are exchanged, from stage 2 on each one's, into the shards."""
+        return nullcontext() if last or self.stage >= 2 else self.no_sync()
+
+    def collect(self) -> None:
+        """After a micro-batch's backward. (Optional: the next one's first gradient says as much.)
+        """
+        if not self._engine.local:
+            self._engine.close_round()
+
+    def settle(self, *values: float | Tensor) -> Settled:
+        """After the step's last backward: wait for the gradients, and agree on their norm.
+
+        values: numbers, or 0-d tensors, to be summed over ranks on the way.
+        """
+        square, unused = self._engine.finish()
+        device = self._trainable[0].params[0].device
+        code = -1
+        if unused:
+            number, place = unused[0]
+            bucket = next(b for b in self._trainable if b.number == number)
+            code = self._index[bucket.names[place]]
+        row = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device)
+                           for value in (square, code, *values)])
+        table = row[None]
+        if self.world.size > 1:
+            table = torch.empty(self.world.size, len(row), dtype=torch.float64, device=device)
+            self.watch("the exchange of gradient norms")
+            dist.all_gather_into_tensor(table.view(-1), row, group=self.world.group)
+            self.watch(None)
+        norm = table[:, 0].sum().sqrt()
+        norm = torch.where((table[:, 1] >= 0).any(), torch.nan, norm).float()
+        self._collect_gradients()
+        return Settled(norm, table[:, 2:].sum(0), table, self._name_of)
+
+    def _collect_gradients(self) -> None:
+        if self.stage == 0:
+            self._whole = {bucket.number: self._engine.gather_grad(bucket.number)
+                           for bucket in self._trainable}
+        elif self._host is not None:
+            for number, (_, grad) in self._host.items():
+                grad.copy_(self._engine.grad(number), non_blocking=True)
+            if self._trainable[0].params[0].is_cuda:
+                torch.cuda.current_stream().synchronize()
+
+    def gradients(self) -> list[Tensor]:
+        """The summed gradients of `pieces`, in their order, fp32; after `settle`."""
+        if self.stage == 0:
+            found = {}
+            for bucket in self._trainable:
+                layout = self._engine.layout(bucket.number)
+                for name, param, begin in zip(bucket.names, bucket.params, layout.begins,
+                                              strict=True):
+                    flat = self._whole[bucket.number][begin:begin + param.numel()]
+                    found[self._index[name]] = flat.view(param.shape)
+            return [found[i] for i in sorted(found)]
+        return [self._part(bucket, run, gradient=True) for _, bucket, run in self._own]
+
+    def pieces(self) -> list[Piece]:
+        """What this rank's optimizer updates, in the model's order: 1-D tensors of the parameters'
+        dtype (in stage 0, the parameters)."""
+        if self.stage == 0:
+            named = dict(self.model.named_parameters())
+            return [Piece.whole(name, named[name]) for name in self._index]
+        return [Piece(bucket.names[run.parameter], self._part(bucket, run), run.offset,
+                      tuple(bucket.params[run.parameter].shape)) for _, bucket, run in self._own]
+
+    def _part(self, bucket: _Bucket, run: Run, gradient: bool = False) -> Tensor:
+        if self._host is not None:
+            shard = self._host[bucket.number][gradient]
+        elif gradient:
+            shard = self._engine.grad(bucket.number)
+        else:
+            shard = self._engine.shard(bucket.number)
+        return shard[run.begin:run.begin + run.size]
+
+    def all_pieces(self) -> list[Piece]:
+        """`pieces`, and this rank's share of frozen parameters: together they are the model.
+
+        Outside stage 3 rank 0 has all that is frozen.
+        """
+        if self.stage == 0:
+            named = self.model.named_parameters()
+            return [Piece.whole(name, param) for name, param in named] if self.world.first else []
+        found = self.pieces()
+        held = set(self._index)
+        if self.stage < 3:
+            return found + [Piece.whole(name, param) for name, param in
+                            self.model.named_parameters()
+                            if name not in held and self.world.first]
+        for bucket in self._buckets:
+            if not bucket.trainable:
+                found += [Piece(bucket.names[run.parameter],
+                                self._engine.shard(bucket.number)[run.begin:run.begin + run.size],
+                                run.offset, tuple(bucket.params[run.parameter].shape))
+                          for run in bucket.owned]
+        return found
+
+    def places(self) -> dict[str, Place]:
+        """For an optimizer of `pieces`: where in the model each of them lies."""
+        starts, total = {}, 0
+        sizes = {name: param.numel() for name, param in self.model.named_parameters()}
+        for name in self._index:
+            starts[name] = total
+            total += sizes[name]
+        return {piece.name: Place(piece.shape, piece.offset, starts[piece.name] + piece.offset)
+                for piece in self.pieces()}
+
+    def publish(self) -> None:
+        """After the optimizer's update: the parameters of every rank follow their shards."""
+        if self.stage == 0:
+            return
+        if self._host is not None:
+            for number, (shard, _) in self._host.items():
+                self._engine.shard(number).copy_(shard, non_blocking=True)
+        self._engine.publish()
+
+    def zero(self) -> None:
+        """Forget the gradients: the next step begins."""
+        self._engine.zero()
+        self._whole: dict[int, Tensor] = {}
+
+    def load(self, changed: bool = True) -> None:
+        """After the shards were filled from outside: masters aside, everything follows them."""
+        if self._host is not None and changed:
+            for number, (shard, _) in self._host.items():
+                self._engine.shard(number).copy_(shard)
+        if self.stage in (1, 2) or (self.stage == 3 and self._schedule):
+            self._engine.publish()
+            if self._schedule:
+                self._schedule.release()
+
+    # ------------------------------------------------------------------------------- other faces
+
+    def optimizer(self, name: str = "adamw", *, seed: int = 0, loss_scale: Any = None,
+                  **options: Any) -> "Any":
+        """A torch.optim.Optimizer of the sharded parameters: `OptimConfig`'s names and options.
+
+        loss_scale: a fastllm.optim.LossScaler, for fp16; see ZeroOptimizer.scale.
+        """
+        from fastllm.dist.zero_optimizer import ZeroOptimizer
+
+        return ZeroOptimizer(self, OptimConfig(name=name, **options),  # type: ignore[arg-type]
+                             seed=seed, loss_scale=loss_scale)
+
+    def inner_optimizer(self, config: OptimConfig, *, seed: int = 0) -> Any:
+        """fastllm's optimizer over `pieces`. UserError for one that needs whole parameters."""
+        return make_optimizer([(piece.name, piece.tensor) for piece in self.pieces()], config,
+                              seed=seed, places=None if self.stage == 0 else self.places())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within: every parameter is whole on every rank, for whatever is not a forward."""
+        if self._schedule:
+            self._schedule.gather()
+        try:
+            yield
+        finally:
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Stage 3: give back what is whole, after an evaluation for example."""
+        if self._schedule:
+            self._schedule.release()
+
+    @property
+    def engine_kind(self) -> str:
+        """"cpp" or "python"."""
+        return self._engine.kind
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has given to the network, by the engine."""
+        return self._engine.sent_bytes
+
+    def shard_elements(self) -> int:
+        """Elements of this rank's shards of what is trained, paddings included."""
+        return sum(self._engine.layout(bucket.number).shard for bucket in self._trainable)
+
+    def close(self) -> None:
+        """Take the hooks off the model; its parameters are whole again and stay so."""
+        if self._schedule:
+            self._schedule.gather()
+            self._schedule.close()
+        self._engine.close()
+
+    def _name_of(self, code: int) -> str:
+        return next(name for name, i in self._index.items() if i == code)
+
+    def _same_collective(self, what: str) -> None:
+        """Every rank is about to launch the same collective, or RunError on each, naming two."""
+        said = self.world.gather(what)
+        for rank, other in enumerate(said):
+            if other != said[0]:
+                raise RunError(f"the ranks do not go the same way: rank 0 came to {said[0]}, rank "
+                               f"{rank} to {other}")
+
+
+def _indices(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters by name -> their place among all of the model."""
+    return {name: i for i, (name, param) in enumerate(model.named_parameters())
+            if param.requires_grad}
+
+
+def _same_models(model: nn.Module, world: World) -> None:
+    """UserError on every rank, naming the first parameter that differs between two of them."""
+    mine = [f"{name} {param.dtype} {tuple(param.shape)}"
+            f"{'' if param.requires_grad else ' frozen'}"
+            for name, param in model.named_parameters()]
+    everyone = world.gather(mine)
+    for rank, other in enumerate(everyone):
+        for ours, theirs in zip(everyone[0], other, strict=False):
+            if ours != theirs:
+                raise UserError(f"zero: the ranks' models differ: rank 0 has {ours}, rank {rank} "
+                                f"has {theirs}")
+        if len(other) != len(everyone[0]):
+            raise UserError(f"zero: the ranks' models differ: rank 0 has {len(everyone[0])} "
+                            f"parameters, rank {rank} has {len(other)}")
+
+
+@torch.no_grad()
+def _broadcast(model: nn.Module, world: World) -> None:
+    """Rank 0's parameters and buffers to every rank."""
+    if world.size == 1:
+        return
+    first = 0 if world.group is None else dist.get_global_rank(world.group, 0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.numel():
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, first, group=world.group)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)
+
+
+def shard_bytes(numel: int, world: int, *, param_bytes: int, states: float) -> float:
+    """Bytes of optimizer states and masters a rank, at least: (states + 4 for 16-bit) P / W."""
+    return math.ceil(numel / world) * (states + (4 if param_bytes == 2 else 0))
