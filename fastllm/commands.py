@@ -13,9 +13,9 @@ from fastllm import checkpoint, config, data, doctor, generate
 from fastllm.config import UserError
 from fastllm.data import DataConfig, Tokenizer, TokenizerConfig
 from fastllm.evaluate import evaluate
-from fastllm.export import export
+from fastllm.export import export, export_checkpoint
 from fastllm.generate import GenerateConfig
-from fastllm.model import Decoder, hf
+from fastllm.model import Decoder, ModelConfig, hf
 from fastllm.objectives import pretrain
 from fastllm.run import (
     RunConfig,
@@ -110,27 +110,40 @@ def open_model(path: str, *, device: torch.device, dtype: torch.dtype | None = N
                ) -> tuple[Decoder, Tokenizer]:
     """Model and tokenizer of a run folder (its model/, else its newest checkpoint) or of a folder
     in Hugging Face layout. dtype None: as stored. Raises UserError where it is neither."""
+    found, shape = find_model(path)
+    if shape is None:
+        model = hf.load(found, dtype=dtype)
+        return model.to(device).eval(), data.load_tokenizer(found)
+    saved = _newest(found)
+    model = Decoder(shape, initialize=False)
+    model.to(saved.layout["model"]["embed_tokens.weight"].dtype)
+    saved.fill("model", dict(model.named_parameters()))
+    return model.to(device, dtype).eval(), data.load_tokenizer(found)
+
+
+def find_model(path: str) -> tuple[Path, ModelConfig | None]:
+    """(a Hugging Face folder, None), or (a run folder with checkpoints alone, its model's config).
+
+    Raises UserError where the path is neither.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"no such model: {path} (a run folder or a Hugging Face folder)")
-    exported = folder / "model" if (folder / "model" / hf.CONFIG).is_file() else folder
-    if (exported / hf.CONFIG).is_file():
-        model = hf.load(exported, dtype=dtype)
-        tokenizer = data.load_tokenizer(exported)
-    elif (folder / "checkpoints").is_dir():
-        stored = config.build(RunConfig, config.from_yaml(folder / "config.yaml"))
-        saved = checkpoint.newest(folder / "checkpoints", lambda line: print(line))
-        if saved is None:
-            raise UserError(f"{path} holds no checkpoint yet: train it first")
-        model = Decoder(stored.model)
-        weights = saved.parts["model"]
-        model.to(dtype or next(iter(weights.values())).dtype)
-        model.load_state_dict(weights)
-        tokenizer = data.load_tokenizer(folder)
-    else:
+    for exported in (folder / "model", folder):
+        if (exported / hf.CONFIG).is_file():
+            return exported, None
+    if not (folder / "checkpoints").is_dir():
         raise UserError(f"{path} is neither a run folder (no checkpoints/) nor a Hugging Face "
                         f"folder (no {hf.CONFIG})")
-    return model.to(device).eval(), tokenizer
+    return folder, config.build(RunConfig, config.from_yaml(folder / "config.yaml")).model
+
+
+def _newest(folder: Path) -> checkpoint.Checkpoint:
+    """The newest good checkpoint of a run folder."""
+    saved = checkpoint.newest(folder / "checkpoints", lambda line: print(line))
+    if saved is None:
+        raise UserError(f"{folder} holds no checkpoint yet: train it first")
+    return saved
 
 
 def train_tokenizer(settings: TokenizerRun) -> None:
@@ -208,8 +221,14 @@ def export_model(path: str, settings: ExportRun) -> None:
         raise UserError("export needs --out DIR: where to write the model")
     device = torch.device("cpu")
     dtype = None if settings.dtype == "auto" else training_dtype(settings.dtype, device)[0]
-    model, tokenizer = open_model(path, device=device)
-    print(export(model, settings.out, tokenizer=tokenizer, dtype=dtype))
+    found, shape = find_model(path)
+    if shape is None:
+        model, tokenizer = open_model(path, device=device)
+        target = export(model, settings.out, tokenizer=tokenizer, dtype=dtype)
+    else:
+        target = export_checkpoint(_newest(found), shape, settings.out, dtype=dtype,
+                                   tokenizer=data.load_tokenizer(found))
+    print(target)
 
 
 def info(settings: InfoRun) -> None:

@@ -6,15 +6,18 @@ beside it, which is then renamed.
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastllm.checkpoint import Checkpoint
 from fastllm.config import UserError
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.files import sync
-from fastllm.model import Decoder, hf
+from fastllm.model import Decoder, ModelConfig, hf
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # How transformers splits the text of every Qwen2 folder, whatever its tokenizer.json says.
@@ -37,11 +40,38 @@ def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = 
     tokens than the model or that transformers would read otherwise, a folder that holds other
     files, and a disk that cannot be written.
     """
+    return _export(model, model.parameters(), folder, tokenizer, chat_template,
+                   dtype or model.embed_tokens.weight.dtype)
+
+
+def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path, *,
+                      tokenizer: Tokenizer | None = None, chat_template: str | None = None,
+                      dtype: torch.dtype | None = None) -> Path:
+    """`export` of a checkpoint's weights, straight from its files to the folder's.
+
+    One tensor is in memory at a time, and the result is that of the whole model to the byte.
+    Raises UserError also where the checkpoint's weights are not those of `config`.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    stored, wanted = saved.layout.get("model", {}), dict(model.named_parameters())
+    for name in [*wanted, *stored]:
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape:
+            raise UserError(f"{saved.path}: tensor {name} is not as the model's settings say; "
+                            "config.yaml belongs to another run")
+    weights = (saved.tensor("model", name) for name in wanted)
+    return _export(model, weights, folder, tokenizer, chat_template,
+                   dtype or stored["embed_tokens.weight"].dtype)
+
+
+def _export(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
+            tokenizer: Tokenizer | None, chat_template: str | None, dtype: torch.dtype) -> Path:
+    """`export` of a model whose weights, in the order of its parameters, may lie elsewhere."""
     kind = hf.architecture(model.config)
     target = Path(folder)
     _check_replaceable(target)
     temporary = target.with_name(f".{target.name}.tmp")
-    ids: dict[str, int | None] = {}
+    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the "
@@ -55,7 +85,7 @@ def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = 
         if tokenizer is not None:
             _save_tokenizer(tokenizer, temporary, kind, model.config.max_position_embeddings,
                             chat_template)
-        hf.save(model, temporary, dtype=dtype, **ids)
+        hf.write(model, weights, temporary, dtype=dtype, **ids)
         _replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None

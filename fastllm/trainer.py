@@ -195,17 +195,16 @@ class Trainer:
         Raises UserError naming the first thing (model, data, tokenizer) that is not the run's own.
         """
         _same_run(self.identity, saved.state["identity"], saved.path)
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in saved.parts["model"].items():
-                parameters[name].copy_(tensor)
-        self.optimizer.load_state_dict(saved.parts["optimizer"], saved.state["optimizer"])
+        saved.fill("model", dict(self.model.named_parameters()))
+        self.optimizer.load_state_dict(saved.tensors("optimizer"), saved.state["optimizer"])
         if self.scaler and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
         self.loader.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
-        set_rng_state(saved.parts["rng"], self.device)
-        if checkpoint.digest(self._parts()[0]) != saved.state["state_hash"]:
+        generators = rng_state(self.device)
+        saved.fill("rng", generators)
+        set_rng_state(generators, self.device)
+        if checkpoint.part_hashes(self._parts()[0]) != saved.state["part_hashes"]:
             raise RunError(f"{saved.path}: the state in memory differs from the saved one after "
                            "loading; this is a defect of the program or the machine")
 
@@ -233,19 +232,23 @@ class Trainer:
             getattr(callback, event)(*arguments)
 
 
-def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators that a step may draw from."""
-    state = {"cpu": torch.get_rng_state()}
+def rng_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """The state of torch's generators that a step of this rank may draw from, each by a name that
+    no other rank's has; the first rank's are those of a run without others."""
+    suffix = f".{rank}" if rank else ""
+    state = {f"cpu{suffix}": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+        state[f"cuda{suffix}"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
     """Undo of `rng_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    for name, tensor in state.items():
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(tensor, device)
+        else:
+            torch.set_rng_state(tensor)
 
 
 def _same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:

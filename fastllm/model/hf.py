@@ -8,14 +8,14 @@ and its file.
 import dataclasses
 import json
 import re
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from fastllm import files
 from fastllm.config import UserError, build
 from fastllm.model.config import ROPE_FIELDS, ROPE_NEEDED, ModelConfig
 from fastllm.model.decoder import Decoder
@@ -33,8 +33,8 @@ _SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"
 _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
-_DTYPES = {torch.float32: ("F32", "float32"), torch.bfloat16: ("BF16", "bfloat16"),
-           torch.float16: ("F16", "float16"), torch.float64: ("F64", "float64")}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+           torch.float64: "float64"}
 # Old Llama files hold RoPE's frequencies, which follow from the config.
 _DERIVED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
 
@@ -83,8 +83,8 @@ def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "use_cache": True,
-        "dtype": _DTYPES[dtype][1],
-        "torch_dtype": _DTYPES[dtype][1],
+        "dtype": _DTYPES[dtype],
+        "torch_dtype": _DTYPES[dtype],
     }
     if model_type == "llama":
         values |= {"attention_bias": False, "mlp_bias": False}
@@ -177,7 +177,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None,
     config = dataclasses.replace(config_from_hf(values, str(path)), **changes)
     if dtype is None:
         named = values.get("dtype", values.get("torch_dtype")) or "float32"
-        known = {text: kind for kind, (_, text) in _DTYPES.items()}
+        known = {text: kind for kind, text in _DTYPES.items()}
         if named not in known:
             raise UserError(f"{path}: dtype '{named}' is not supported; "
                             f"there are: {', '.join(known)}")
@@ -281,35 +281,25 @@ def save(model: Decoder, folder: str | Path, *, dtype: torch.dtype | None = None
     Args:
         dtype: of the written weights; None means the model's own.
     """
+    write(model, model.parameters(), folder, dtype=dtype or model.embed_tokens.weight.dtype,
+          bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+
+
+def write(model: Decoder, weights: Iterable[Tensor], folder: str | Path, *, dtype: torch.dtype,
+          **tokens: Any) -> None:
+    """`save` for weights that may lie elsewhere than in `model`, which may be on meta.
+
+    weights: every parameter in the model's order; each is asked for when the one before is written.
+    tokens: bos_token_id, eos_token_id and pad_token_id, each an id or None.
+    """
     folder = Path(folder)
-    dtype = dtype or model.embed_tokens.weight.dtype
-    tokens: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id,
-                              "pad_token_id": pad_token_id}
     config = config_to_hf(model.config, dtype=dtype, **tokens)
-    write_safetensors(folder / WEIGHTS, dict(hf_tensors(model)), dtype)
+    # A fused weight's parts are its rows in order, so the data are those of the parameters.
+    slots = [files.Slot(name, dtype, tuple(part.shape)) for name, part in hf_tensors(model)]
+    files.write_safetensors(folder / WEIGHTS, slots,
+                            (weight.detach().to("cpu", dtype) for weight in weights))
     _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, {"_from_model_config": True, **tokens})
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write tensors as `dtype` in the safetensors format, one in memory at a time.
-
-    (The library's own writer holds a copy of all of them.) The format: 8 bytes of little-endian
-    header length, a JSON header padded to 8, then the data in the header's order.
-    """
-    code, size = _DTYPES[dtype][0], torch.empty((), dtype=dtype).element_size()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * size
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            plain = tensor.detach().to("cpu", dtype).contiguous()
-            file.write(plain.view(torch.uint8).numpy().data)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
