@@ -1,11 +1,14 @@
 // A 64-bit hash of a tensor's bits that does not depend on how the tensor is cut: the sum, modulo
 // 2^64, of one hash an element, of its bits and its index. The hashes of the pieces of a tensor add
 // up to the hash of the whole, so ranks that hold pieces compare states without moving them.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cstdint>
 
-#include "common.h"
+#include "vector.h"
 
 namespace fastllm {
 namespace {
@@ -33,7 +36,7 @@ struct HashBits {
 
 template <typename Bits>
 uint64_t hash_bits(const at::Tensor& x, uint64_t seed, uint64_t first_index) {
-  const Bits* bits = data<Bits>(x);
+  const Bits* bits = static_cast<const Bits*>(x.const_data_ptr());
   std::atomic<uint64_t> total{0};  // integer addition commutes: threads add in any order
   at::parallel_for(0, x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
     const uint64_t key = seed + kGolden * (first_index + static_cast<uint64_t>(begin));
