@@ -56,7 +56,7 @@ from fastllm.checkpoint.reading import (
     seal,
     verify,
 )
-from fastllm.config import UserError
+from fastllm.config import RunError, UserError
 from fastllm.dist.mesh import ALONE, World
 from fastllm.pieces import Piece
 
@@ -103,8 +103,11 @@ def save(folder: Path, step: int, parts: Parts, state: dict[str, Any], world: Wo
         except (OSError, CorruptCheckpoint) as error:
             reason = getattr(error, "strerror", None) or str(error)
             failure = UserError(_full(folder, needed, reason))
-        except Exception as error:  # the other ranks wait for this one's word, whatever happened
+        except UserError as error:
             failure = error
+        except Exception as error:  # the other ranks wait for this one's word, whatever happened
+            failure = RunError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
         world.together(failure)
         return result
 
