@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastllm import checkpoint
 from fastllm.callbacks import Callback
-from fastllm.checkpoint import Checkpoint, CheckpointConfig
+from fastllm.checkpoint import Checkpoint, CheckpointConfig, Parts
 from fastllm.config import RunError, UserError
 from fastllm.data.collate import Batch
 from fastllm.data.loader import Loader
@@ -196,7 +196,9 @@ class Trainer:
         """
         _same_run(self.identity, saved.state["identity"], saved.path)
         saved.fill("model", dict(self.model.named_parameters()))
-        self.optimizer.load_state_dict(saved.tensors("optimizer"), saved.state["optimizer"])
+        # The counters, over the tensors as they are; those come straight from the files.
+        self.optimizer.load_state_dict(self.optimizer.state_dict()[0], saved.state["optimizer"])
+        saved.fill("optimizer", self.optimizer.pieces())
         if self.scaler and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
         self.loader.load_state_dict(saved.state["data"])
@@ -208,11 +210,11 @@ class Trainer:
             raise RunError(f"{saved.path}: the state in memory differs from the saved one after "
                            "loading; this is a defect of the program or the machine")
 
-    def _parts(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def _parts(self) -> tuple[Parts, dict[str, Any]]:
         """(every tensor of a checkpoint by file and name, the optimizer's counters)."""
-        tensors, counters = self.optimizer.state_dict()
         weights: dict[str, Tensor] = dict(self.model.named_parameters())
-        return {"model": weights, "optimizer": tensors, "rng": rng_state(self.device)}, counters
+        return {"model": weights, "optimizer": self.optimizer.pieces(),
+                "rng": rng_state(self.device)}, self.optimizer.state_dict()[1]
 
     def _count(self, tokens: int, finite: bool) -> None:
         self.progress.step += 1

@@ -60,8 +60,8 @@ from fastllm.config import RunError, UserError
 from fastllm.dist.mesh import ALONE, World
 from fastllm.pieces import Piece
 
-__all__ = ["Checkpoint", "CheckpointConfig", "CorruptCheckpoint", "digest", "load", "newest",
-           "part_hashes", "retain", "save", "steps", "verify"]
+__all__ = ["Checkpoint", "CheckpointConfig", "CorruptCheckpoint", "Parts", "digest", "load",
+           "newest", "part_hashes", "retain", "save", "steps", "verify"]
 NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
 T = TypeVar("T")
