@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastllm.config import UserError
 from fastllm.data.collate import Batch
+from fastllm.dist.mesh import ALONE, World
 
 
 @dataclass(kw_only=True)
@@ -28,8 +29,9 @@ class EvalConfig:
 
 
 def evaluate(model: Any, batches: Iterable[Batch], num_bytes: int, *, device: torch.device,
-             loss: Callable[[Any, Batch], tuple[Tensor, int]]) -> dict[str, float]:
-    """Loss of `model` over every label of `batches`.
+             loss: Callable[[Any, Batch], tuple[Tensor, int]], world: World = ALONE
+             ) -> dict[str, float]:
+    """Loss of `model` over every label of `batches`, this rank's share of them all.
 
     num_bytes: UTF-8 bytes of the documents' text, the denominator of bits per byte; the loss of the
     end-of-document tokens counts in the numerator, as a compressor must also say where a text ends.
@@ -43,11 +45,11 @@ def evaluate(model: Any, batches: Iterable[Batch], num_bytes: int, *, device: to
             value, count = loss(model, batch.to(device))
             total += value.double().cpu()
             tokens += count
+    nats, tokens = world.gather_numbers([float(total), tokens]).sum(0).tolist()
     if not tokens or not num_bytes:
         raise UserError("no documents to evaluate on: raise --data.holdout, or give more data")
-    nats = float(total)
     return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / num_bytes,
-            "val_tokens": tokens}
+            "val_tokens": int(tokens)}
 
 
 def xz_bits_per_byte(documents: Iterable[bytes]) -> float:

@@ -24,16 +24,26 @@ from fastllm.callbacks import JsonlWriter, ProgressBar
 from fastllm.checkpoint import CheckpointConfig
 from fastllm.config import UserError
 from fastllm.data import DataConfig, EvalSet, Loader, Prepared, Tokenizer, TokenizerConfig
+from fastllm.dist import mesh, zero
+from fastllm.dist.config import DistConfig
+from fastllm.dist.mesh import ALONE, World
 from fastllm.evaluate import EvalConfig, evaluate, xz_bits_per_byte
-from fastllm.export import export
+from fastllm.export import export, export_checkpoint
 from fastllm.generate import GenerateConfig, generate_text
 from fastllm.model import Decoder, ModelConfig, flops_per_token, num_parameters
 from fastllm.monitor import dtype_name, environment, peak_flops, pick_dtype
 from fastllm.objectives import pretrain as objective
 from fastllm.objectives.pretrain import PretrainConfig
-from fastllm.optim import LossScaler, OptimConfig, ScheduleConfig, describe, make_optimizer
+from fastllm.optim import (
+    LossScaler,
+    OptimConfig,
+    ScheduleConfig,
+    describe,
+    make_optimizer,
+    param_groups,
+)
 from fastllm.report import write_report
-from fastllm.trainer import TrainConfig, Trainer
+from fastllm.trainer import TrainConfig, Trainer, seed_generators
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Fields of the model that may change between an interruption and a resume: weights fit either way.
@@ -57,6 +67,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
 
     def validate(self) -> None:
         longest = self.model.max_position_embeddings
@@ -87,65 +98,125 @@ def complete(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrain(settings: RunConfig) -> dict[str, Any]:
-    """Train a model; returns the summary that the run's summary.json holds."""
-    folder = Path(settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    saved = _open_folder(folder, settings.resume)
+    """Train a model, with the other ranks where torchrun or `launch` started several; returns the
+    summary that the run's summary.json holds (on the first rank)."""
     device = pick_device(settings.train.device)
+    with mesh.world(device.type, timeout=settings.dist.timeout) as world:
+        if device.type == "cuda" and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
+        return _pretrain(settings, world, device)
+
+
+def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
+    folder = Path(world.gather(settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")[0])
+    saved = _open_folder(folder, settings.resume, world)
     dtype, why = training_dtype(settings.train.dtype, device)
     own = folder / "tokenizer.json"
     tokenizer = data.load_tokenizer(own) if settings.resume and own.is_file() else None
-    prepared = prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
+
+    def prepare() -> Prepared:
+        return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
                             vocab_size=settings.model.vocab_size)
-    tokenizer = prepared.tokenizer
+
+    world.first_alone("prepare", prepare)  # the others then find it in the cache
+    prepared = prepare()
     if settings.tokenizer.path is None:
         # A small text supports fewer tokens than asked for: rows that no token uses are not made.
-        settings.model.vocab_size = min(settings.model.vocab_size, tokenizer.vocab_size)
-    run = _Run(settings, folder, device, dtype, prepared)
-    print(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} ({why}), "
-          f"{run.total_steps:,} steps of {run.rows_a_step * settings.train.seq_len:,} tokens on "
-          f"{device.type}")
-    print(describe(run.trainer.optimizer.groups))
+        settings.model.vocab_size = min(settings.model.vocab_size, prepared.tokenizer.vocab_size)
+    if saved:
+        _keep_rows(settings.train, saved, world)
+    run = _Run(settings, folder, device, dtype, prepared, world)
+    run.say(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} "
+            f"({why}), {run.total_steps:,} steps of "
+            f"{run.rows_a_step * settings.train.seq_len:,} tokens on {device.type}")
+    if world.size > 1:
+        run.say(f"{world.size} ranks, ZeRO stage {settings.dist.zero}, {run.engine} engine")
+    run.say(run.groups)
     for line in prepared.summary():
-        print(line)
+        run.say(line)
     return run.go(saved)
+
+
+def _keep_rows(train: TrainConfig, saved: checkpoint.Checkpoint, world: World) -> None:
+    """Set train.grad_accum so that a step has the rows that it had when the run was saved.
+
+    Raises UserError where the ranks' batches do not divide them.
+    """
+    rows, each = saved.state.get("rows_a_step"), train.batch_size * world.size
+    if rows is None or saved.state["world_size"] == world.size:
+        return
+    if rows % each:
+        raise UserError(f"the run's steps have {rows} rows, which {world.size} ranks of "
+                        f"train.batch-size {train.batch_size} do not divide: give a "
+                        "train.batch-size that does")
+    train.grad_accum = rows // each
 
 
 class _Run:
     """The parts of one run, joined."""
 
     def __init__(self, settings: RunConfig, folder: Path, device: torch.device,
-                 dtype: torch.dtype, prepared: Prepared) -> None:
+                 dtype: torch.dtype, prepared: Prepared, world: World = ALONE) -> None:
         self.settings, self.folder, self.device, self.prepared = settings, folder, device, prepared
-        train = settings.train
+        self.world = world
+        train, dist = settings.train, settings.dist
         torch.manual_seed(train.seed)
         if train.keep_freed_memory and not cpu.keep_freed_memory():
             raise UserError("train.keep-freed-memory: needs the C++ extension and glibc; leave it "
                             "out (fastllm-train info says what is missing)")
+        if train.compile and dist.zero == 3 and world.size > 1:
+            raise UserError("train.compile does not go with dist.zero 3, whose parameters come and "
+                            "go: use dist.zero 2")
         model = Decoder(settings.model, generator=torch.Generator().manual_seed(train.seed))
         self.model = model.to(device=device, dtype=dtype)
+        seed_generators(train.seed, world)
         self.loader = Loader(prepared, batch_size=train.batch_size, seq_len=train.seq_len,
                              seed=train.seed, num_workers=settings.data.num_workers,
+                             rank=world.rank, world_size=world.size,
                              pin_memory=device.type == "cuda")
-        self.rows_a_step = train.batch_size * train.grad_accum
+        self.rows_a_step = train.batch_size * train.grad_accum * world.size
         self.tokens_before = 0
         self.total_steps = train.steps or max(
             1, math.ceil(self.loader.rows_per_epoch * (train.epochs or 1) / self.rows_a_step))
-        self.held = EvalSet(prepared, train.seq_len, settings.eval.batch_size or train.batch_size)
+        self.held = EvalSet(prepared, train.seq_len, settings.eval.batch_size or train.batch_size,
+                            rank=world.rank, world_size=world.size)
         evaluates = settings.eval.every > 0 and len(self.held) > 0
         if settings.eval.every > 0 and not evaluates:
-            print("nothing is held out (data.holdout is 0 or there is one document): no evaluation")
+            self.say("nothing is held out (data.holdout is 0 or there is one document): no "
+                     "evaluation")
+        self.groups = describe(param_groups(
+            self.model.named_parameters(), settings.optim.weight_decay or 0.0,
+            decay_embeddings=settings.optim.decay_embeddings))
+        self.zero = None
+        if world.size > 1:
+            self.zero = zero.shard(
+                self.model, stage=dist.zero, mesh=world, wire_dtype=dist.wire_dtype, average=False,
+                bucket_mb=dist.bucket_mb, offload=dist.offload, prefetch=dist.prefetch,
+                check=dist.check, backend=dist.engine)
+            optimizer = self.zero.inner_optimizer(settings.optim, seed=train.seed)
+        else:
+            optimizer = make_optimizer(self.model.named_parameters(), settings.optim,
+                                       seed=train.seed)
         self.trainer = Trainer(
             model=self.model, loader=self.loader, total_steps=self.total_steps,
-            optimizer=make_optimizer(self.model.named_parameters(), settings.optim,
-                                     seed=train.seed),
-            loss=partial(objective.loss, config=settings.loss), train=train,
+            optimizer=optimizer, loss=partial(objective.loss, config=settings.loss), train=train,
             schedule=settings.schedule, checkpoints=settings.checkpoint,
             folder=folder / "checkpoints", device=device,
             scaler=LossScaler() if dtype == torch.float16 else None,
             evaluate=self.evaluate if evaluates else None, eval_every=settings.eval.every,
             flops_per_token=flops_per_token(settings.model, train.seq_len),
             peak_flops=peak_flops(device, dtype)[0],
-            identity=self.identity(dtype))
+            identity=self.identity(dtype), world=world, zero=self.zero)
+
+    @property
+    def engine(self) -> str:
+        """Which of ZeRO's engines runs."""
+        return self.zero.engine_kind if self.zero else "no"
+
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.world.first:
+            print(line)
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
@@ -158,7 +229,7 @@ class _Run:
 
     def evaluate(self, model: Decoder) -> dict[str, float]:
         return evaluate(model, self.held, self.held.num_bytes, device=self.device,
-                        loss=objective.loss)
+                        loss=objective.loss, world=self.world)
 
     def go(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
         """Train to the end or to a signal; write everything that a run folder holds."""
@@ -166,26 +237,43 @@ class _Run:
         if saved:
             trainer.restore(saved)
             self.tokens_before = trainer.progress.tokens
-            print(f"resuming {saved.path} at step {saved.step}")
-        self.write_inputs()
-        writer = JsonlWriter(self.folder / "metrics.jsonl",
-                             resume_step=saved.step if saved else None)
-        trainer.callbacks += [writer, ProgressBar(self.total_steps)]
+            self.say(f"resuming {saved.path} at step {saved.step}")
+        if self.world.first:
+            self.write_inputs()
+            trainer.callbacks += [
+                JsonlWriter(self.folder / "metrics.jsonl",
+                            resume_step=saved.step if saved else None),
+                ProgressBar(self.total_steps)]
         try:
             for callback in trainer.callbacks:
                 callback.on_start({"step": trainer.progress.step, "total_steps": self.total_steps})
             trainer.run()
-            self.write_dispatch()
-            summary = self.finish()
+            summary = self.end()
             for callback in trainer.callbacks:
                 callback.on_end(summary)
         finally:
             for callback in trainer.callbacks:
                 callback.close()
             self.loader.close()
-        report = write_report(self.folder)
-        if not trainer.stopped_by:
-            print(f"report: {report}")
+        if self.world.first:
+            report = write_report(self.folder)
+            if not trainer.stopped_by:
+                print(f"report: {report}")
+        return summary
+
+    def end(self) -> dict[str, Any]:
+        """The summary, after what only all ranks together can do for it."""
+        progress, last = self.trainer.progress, None
+        if progress.step >= self.total_steps and len(self.held) and self.settings.eval.every:
+            # A run resumed at its end trains no step, and so has no evaluation yet.
+            last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+        summary: dict[str, Any] = {}
+
+        def finish() -> None:
+            self.write_dispatch()
+            summary.update(self.finish(last))
+
+        self.world.first_alone("finish", finish)
         return summary
 
     def write_inputs(self) -> None:
@@ -203,8 +291,8 @@ class _Run:
             op: {"backend": backend, "reason": reason}
             for op, (backend, reason) in ops.dispatch(self.device).items()})
 
-    def finish(self) -> dict[str, Any]:
-        """The summary; where the run came to its end also xz's figure, continuations and model/."""
+    def finish(self, last: dict[str, Any] | None) -> dict[str, Any]:
+        """The summary, with the last evaluation; where the run came to its end also xz's figure, continuations and model/."""
         progress = self.trainer.progress
         summary: dict[str, Any] = {
             "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
@@ -218,13 +306,19 @@ class _Run:
         if joules is not None and here:
             summary["joules_per_token"] = joules / here
         if summary["finished"]:
-            if len(self.held) and self.settings.eval.every:
-                # A run resumed at its end trains no step, and so has no evaluation yet.
-                last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+            if last:
                 summary |= {key: value for key, value in last.items() if key != "step"}
                 summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
-            summary["continuations"] = self.continuations()
-            export(self.model, self.folder / "model", tokenizer=self.prepared.tokenizer)
+            target, tokenizer = self.folder / "model", self.prepared.tokenizer
+            if self.settings.dist.zero == 3 and self.zero:
+                # No rank has the whole model; the last checkpoint has, on the disk.
+                print(f"stage 3: fastllm-train generate {self.folder} continues texts")
+                saved = checkpoint.load(checkpoint.steps(self.folder / "checkpoints")[-1])
+                export_checkpoint(saved, self.settings.model, target, tokenizer=tokenizer)
+                summary["continuations"] = []
+            else:
+                summary["continuations"] = self.continuations()
+                export(self.model, target, tokenizer=tokenizer)
         _json(self.folder / "summary.json", summary)
         return summary
 
@@ -308,20 +402,23 @@ def prepare_data(sources: DataConfig, tokenizer_config: TokenizerConfig, *,
                             vocab_size=vocab_size, progress=progress)
 
 
-def _open_folder(folder: Path, resume: bool) -> checkpoint.Checkpoint | None:
+def _open_folder(folder: Path, resume: bool, world: World = ALONE
+                 ) -> checkpoint.Checkpoint | None:
     """The run's folder, made if need be, and the checkpoint to continue from."""
     checkpoints = folder / "checkpoints"
+    failure: UserError | None = None
     if not resume and checkpoint.steps(checkpoints):
-        raise UserError(f"{folder} already holds a run: add --resume to continue it, or give "
-                        "another --out")
+        failure = UserError(f"{folder} already holds a run: add --resume to continue it, or give "
+                            "another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+        failure = UserError(f"cannot make {folder}: {error.strerror}")
+    world.together(failure)
     if not resume:
         return None
-    saved = checkpoint.newest(checkpoints)
-    if saved is None:
+    saved = checkpoint.newest(checkpoints, world=world)
+    if saved is None and world.first:
         print(f"{checkpoints} holds no checkpoint yet: beginning at step 0")
     return saved
 

@@ -1,10 +1,12 @@
-"""The training loop: the only file that knows model, data, optimizer and checkpoints together.
+"""The training loop: the only file that knows model, data, optimizer, ranks and checkpoints.
 
 One step: take grad_accum micro-batches, sum their loss over tokens, divide by the trained tokens of
-the whole step, clip by the global norm, update. The host reads one pair of numbers (loss, norm) a
-step, after the update was queued. A non-finite norm leaves weights and optimizer state untouched.
+the whole step on all ranks, clip by the global norm, update. The host reads a few numbers (loss,
+norm) a step, after the update was queued. A non-finite norm leaves weights and optimizer state
+untouched, on every rank.
 """
 
+import hashlib
 import math
 import signal
 import time
@@ -24,8 +26,11 @@ from fastllm.checkpoint import Checkpoint, CheckpointConfig, Parts
 from fastllm.config import RunError, UserError
 from fastllm.data.collate import Batch
 from fastllm.data.loader import Loader
+from fastllm.dist.mesh import ALONE, World
+from fastllm.dist.zero import Zero
 from fastllm.model import Decoder
 from fastllm.monitor import Monitor
+from fastllm.pieces import Piece
 from fastllm.optim import GradAccumulator, LossScaler, Optimizer, ScheduleConfig, lr_at
 
 # A run that skips this many steps in a row will not recover by itself.
@@ -39,9 +44,10 @@ class TrainConfig:
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training documents; may be a fraction."""
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Rows of seq_len tokens in a micro-batch."""
+    """Rows of seq_len tokens in a micro-batch, on each rank."""
     grad_accum: Annotated[int, Field(gt=0)] = 1
-    """Micro-batches in an optimizer step."""
+    """Micro-batches in an optimizer step. A run resumed on another number of ranks changes it, so
+    that a step keeps its rows."""
     seq_len: Annotated[int, Field(gt=1)] = 512
     """Tokens in a row."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -79,6 +85,8 @@ class Trainer:
     loss: (model, batch) -> (sum of the loss over trained tokens, 0-d fp32; their number).
     evaluate: model -> record with val_loss (nats a token) and val_bpb, or None to never evaluate.
     peak_flops: of the device in the dtype of training, for MFU.
+    world, zero: the ranks, and the model as sharded over them; zero is None on one rank. loss then
+    is this rank's, evaluate's figures are those of all.
     """
 
     def __init__(self, *, model: Decoder, optimizer: Optimizer, loader: Loader, total_steps: int,
@@ -88,7 +96,8 @@ class Trainer:
                  scaler: LossScaler | None = None,
                  evaluate: Callable[[Any], dict[str, float]] | None = None, eval_every: int = 0,
                  flops_per_token: float = 0.0, peak_flops: float = math.inf,
-                 identity: dict[str, Any] | None = None) -> None:
+                 identity: dict[str, Any] | None = None, world: World = ALONE,
+                 zero: Zero | None = None) -> None:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.total_steps, self.loss, self.train = total_steps, loss, train
         self.schedule, self.checkpoints, self.folder = schedule, checkpoints, folder
@@ -98,13 +107,16 @@ class Trainer:
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.identity = identity or {}
         self.forward = torch.compile(model) if train.compile else model
-        self.accumulator = GradAccumulator(optimizer.parameters(), train.grad_accum)
+        self.world, self.zero = world, zero
+        self.gradients: GradAccumulator | Zero = zero or GradAccumulator(
+            optimizer.parameters(), train.grad_accum)
         self.monitor = Monitor(device)
         self.progress = Progress()
         self.stopped_by: str | None = None
         self.last_evaluation: dict[str, Any] | None = None
         """The newest record of `on_eval` of this process."""
         self._batches: Iterator[Batch] = iter(())
+        self._stopped: Callable[[], str | None] = lambda: None
         self._skipped_in_a_row = 0
 
     def run(self) -> None:
@@ -112,14 +124,15 @@ class Trainer:
         self._batches = iter(self.loader)
         saved = self.progress.step
         self.model.train()
-        with stop_signals() as stopped:
+        with stop_signals() as self._stopped:
             while self.progress.step < self.total_steps:
                 self._tell("on_step", self.step())
                 step, last = self.progress.step, self.progress.step == self.total_steps
                 if self._evaluate and self.eval_every and (step % self.eval_every == 0 or last) \
                         and self.evaluate() and self.checkpoints.best:
                     saved = self.save(saved)
-                self.stopped_by = stopped()
+                if self.world.size == 1:
+                    self.stopped_by = self._stopped()
                 if step % self.checkpoints.every == 0 or last or self.stopped_by:
                     saved = self.save(saved)
                 if self.stopped_by:
@@ -134,28 +147,37 @@ class Trainer:
         """
         start = time.perf_counter()
         batches = [next(self._batches) for _ in range(self.train.grad_accum)]
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = self.world.sum(sum(batch.num_tokens for batch in batches))
         scale = self.scaler.scale if self.scaler else 1.0
         loss_sum = torch.zeros((), device=self.device)
-        for batch in batches:
+        for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
-            loss, _ = self.loss(self.forward, batch)
-            (loss * (scale / max(tokens, 1))).backward()
-            self.accumulator.collect()
+            with self.gradients.micro_batch(last=i + 1 == len(batches)):
+                loss, _ = self.loss(self.forward, batch)
+                (loss * (scale / max(tokens, 1))).backward()
+                self.gradients.collect()
             loss_sum += loss.detach()
         lr = lr_at(self.progress.step, self.total_steps, self.optimizer.config.lr, self.schedule)
-        norm = self.optimizer.step(lr, self.accumulator.gradients(), unscale=1.0 / scale)
-        self.accumulator.zero()
-        loss_value, norm_value = torch.stack([loss_sum, norm]).tolist()  # the one host sync
+        # A signal that only some ranks have seen by now must stop all of them after this step.
+        settled = self.gradients.settle(loss_sum, float(self._stopped() is not None))
+        norm = self.optimizer.step(lr, self.gradients.gradients(), norm=settled.norm,
+                                   unscale=1.0 / scale)
+        self.gradients.publish()
+        self.gradients.zero()
+        # The one time that the host waits.
+        loss_value, stop, norm_value = torch.cat([settled.totals, norm.double()[None]]).tolist()
+        settled.check()
         finite = math.isfinite(norm_value)
         self._count(tokens, finite)
+        if stop and self.world.size > 1:
+            self.stopped_by = self._stopped() or "a signal to another rank"
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
         rate = tokens / seconds
         record = {
             "step": self.progress.step, "tokens": self.progress.tokens,
             "loss": loss_value / max(tokens, 1), "lr": lr, "grad_norm": norm_value,
-            "tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.peak_flops,
+            "tokens_per_second": rate, "mfu": rate * self.flops_per_token / (self.peak_flops * self.world.size),
             "memory_bytes": self.monitor.memory_bytes(), "seconds": seconds,
             **self.monitor.sample(),
         }
@@ -166,6 +188,8 @@ class Trainer:
         assert self._evaluate is not None
         self.model.eval()
         result = self._evaluate(self.model)
+        if self.zero:
+            self.zero.reshard()
         self.model.train()
         self.last_evaluation = {"step": self.progress.step, **result}
         self._tell("on_eval", self.last_evaluation)
@@ -180,12 +204,13 @@ class Trainer:
         step = self.progress.step
         if saved == step:
             return step
-        parts, counters = self._parts()
+        parts, counters = self._parts(saving=True)
         state = {"progress": vars(self.progress), "data": self.loader.state_dict(),
                  "optimizer": counters, "identity": self.identity,
+                 "rows_a_step": self.rows_a_step,
                  "scaler": self.scaler.state_dict() if self.scaler else None}
-        path = checkpoint.save(self.folder, step, parts, state)
-        checkpoint.retain(self.folder, self.checkpoints.keep, self.progress.best_step)
+        path = checkpoint.save(self.folder, step, parts, state, self.world)
+        checkpoint.retain(self.folder, self.checkpoints.keep, self.progress.best_step, self.world)
         self._tell("on_checkpoint", path, step)
         return step
 
@@ -195,26 +220,52 @@ class Trainer:
         Raises UserError naming the first thing (model, data, tokenizer) that is not the run's own.
         """
         _same_run(self.identity, saved.state["identity"], saved.path)
-        saved.fill("model", dict(self.model.named_parameters()))
-        # The counters, over the tensors as they are; those come straight from the files.
-        self.optimizer.load_state_dict(self.optimizer.state_dict()[0], saved.state["optimizer"])
-        saved.fill("optimizer", self.optimizer.pieces())
+        parts, _ = self._parts(saving=False)
+        saved.fill("model", parts["model"])
+        self.optimizer.load_counters(saved.state["optimizer"])
+        saved.fill("optimizer", parts["optimizer"])
+        if self.zero:
+            self.zero.loaded()
         if self.scaler and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
         self.loader.load_state_dict(saved.state["data"])
         self.progress = Progress(**saved.state["progress"])
-        generators = rng_state(self.device)
-        saved.fill("rng", generators)
-        set_rng_state(generators, self.device)
-        if checkpoint.part_hashes(self._parts()[0]) != saved.state["part_hashes"]:
-            raise RunError(f"{saved.path}: the state in memory differs from the saved one after "
-                           "loading; this is a defect of the program or the machine")
+        same_ranks = saved.state["world_size"] == self.world.size
+        if same_ranks:
+            generators = rng_state(self.device, self.world.rank)
+            saved.fill("rng", generators)
+            set_rng_state(generators, self.device)
+        else:
+            seed_generators(self.train.seed, self.world, self.progress.step)
+        parts, _ = self._parts(saving=True)
+        found, kept = checkpoint.part_hashes(parts, self.world), saved.state["part_hashes"]
+        for part in parts:
+            if found[part] != kept[part] and (same_ranks or part != "rng"):
+                raise RunError(f"{saved.path}: the {part} in memory differs from the saved one "
+                               "after loading; this is a defect of the program or the machine")
 
-    def _parts(self) -> tuple[Parts, dict[str, Any]]:
-        """(every tensor of a checkpoint by file and name, the optimizer's counters)."""
-        weights: dict[str, Tensor] = dict(self.model.named_parameters())
-        return {"model": weights, "optimizer": self.optimizer.pieces(),
-                "rng": rng_state(self.device)}, self.optimizer.state_dict()[1]
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of all ranks' micro-batches in an optimizer step."""
+        return self.train.batch_size * self.train.grad_accum * self.world.size
+
+    def _parts(self, *, saving: bool) -> tuple[dict[str, Sequence[Piece]], dict[str, Any]]:
+        """(this rank's tensors of a checkpoint by file, the optimizer's counters).
+
+        saving: what this rank writes, so that all of them write everything once.
+        """
+        if self.zero:
+            model = self.zero.model_pieces(saving=saving)
+        else:
+            model = [Piece.whole(name, p) for name, p in self.model.named_parameters()]
+        replicated = self.zero is not None and self.zero.stage == 0
+        optimizer = self.optimizer.pieces()
+        if saving and replicated and not self.world.first:
+            optimizer = []
+        generators = rng_state(self.device, self.world.rank)
+        return {"model": model, "optimizer": optimizer,
+                "rng": [Piece.whole(name, tensor) for name, tensor in generators.items()]}, \
+            self.optimizer.counters()
 
     def _count(self, tokens: int, finite: bool) -> None:
         self.progress.step += 1
@@ -232,6 +283,16 @@ class Trainer:
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
+
+
+def seed_generators(seed: int, world: World, step: int = 0) -> None:
+    """Seed torch's generators for this rank; the first rank's begin as those of a run alone."""
+    number = seed
+    if world.rank or step:
+        text = f"{seed}/{step}/{world.rank}/{world.size}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(number)
 
 
 def rng_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ PACKAGE, KERNELS = ROOT / "fastllm", ROOT / "kernels"
 
 # From the ground up; a module may import from its own layer and from those below it.
 LAYERS = [
-    {"config", "files", "kernels", "_C"},
+    {"config", "files", "pieces", "kernels", "_C"},
     {"cpu"},
     {"ops"},
-    {"model", "data", "optim", "nn"},
+    {"model", "data", "optim", "nn", "dist"},
     {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export", "quantize",
      "monitor", "callbacks", "report", "plan", "doctor", "patching"},
     {"run", "trainer"},
@@ -22,7 +22,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 USES_KERNELS = {"ops", "cpu", "optim", "nn"}
 FORBIDDEN = {("objectives", "trainer"), ("model", "optim"), ("model", "data"), ("data", "model"),
-             ("model", "trainer"), ("model", "adapters")}
+             ("model", "trainer"), ("model", "adapters"), ("model", "dist"), ("optim", "dist"),
+             ("data", "dist"), ("nn", "dist"), ("dist", "model"), ("dist", "data")}
 HEAVY = {"transformers", "wandb", "mlflow", "tensorboard", "optuna", "pyarrow", "onnx", "gguf",
          "datasets", "peft", "trl", "liger_kernel"}
 

@@ -5,7 +5,7 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. A process started alone is a w
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,10 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from fastllm.config import RunError, UserError, environment
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+FOREVER = timedelta(days=30)
+
+
+def all_gather(full: Tensor, part: Tensor, group: Any, *, async_op: bool = False) -> Any:
+    """full: (ranks * n,) becomes every rank's (n,) part, in order of rank."""
+    # torch 2.13 renamed it and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(full, part, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class World:
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[:text.numel()] = text
         everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8)
-        dist.all_gather_into_tensor(everyone, padded, group=self.host)
+        all_gather(everyone, padded, self.host)
         rows = everyone.view(self.size, -1)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
 
@@ -58,7 +67,7 @@ class World:
         if self.size == 1:
             return mine[None]
         everyone = torch.empty(self.size * len(values), dtype=torch.float64)
-        dist.all_gather_into_tensor(everyone, mine, group=self.host)
+        all_gather(everyone, mine, self.host)
         return everyone.view(self.size, -1)
 
     def sum(self, value: int) -> int:
@@ -68,6 +77,32 @@ class World:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         self.gather_numbers([0])
+
+    def first_alone(self, key: str, work: Callable[[], Any]) -> None:
+        """The first rank does something, however long it takes; the others wait for its end.
+
+        key: a name that is used once. If it fails, its error is raised there, and RunError with the
+        same words (UserError for one) on every other rank.
+        """
+        if self.size == 1:
+            work()
+            return
+        store = distributed_c10d._get_default_store()
+        if self.first:
+            said = ""
+            try:
+                work()
+            except Exception as error:
+                said = json.dumps([isinstance(error, UserError), str(error)])
+                raise
+            finally:
+                store.set(f"fastllm/alone/{key}", said)
+            return
+        store.wait([f"fastllm/alone/{key}"], FOREVER)
+        said = store.get(f"fastllm/alone/{key}").decode()
+        if said:
+            user, text = json.loads(said)
+            raise UserError(text) if user else RunError(f"rank 0: {text}")
 
     def together(self, error: Exception | None = None) -> None:
         """Every rank says whether its part went well; if one did not, every rank raises.
@@ -81,7 +116,8 @@ class World:
             return
         rank, (_, text) = failed[0]
         kind = UserError if all(said[0] for _, said in failed) else RunError
-        raise kind(text if self.size == 1 else f"rank {rank}: {text}") from error
+        everyones = len(failed) == self.size and all(said[1] == text for _, said in failed)
+        raise kind(text if everyones else f"rank {rank}: {text}") from error
 
 
 ALONE = World()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastllm.dist.mesh import all_gather
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
 
 IN_FLIGHT = 2
@@ -239,8 +240,8 @@ class PythonEngine:
             if self.world == 1:
                 received.copy_(buffer)
             else:
-                work = dist.reduce_scatter_tensor(received, buffer, async_op=True,
-                                                  group=self.reduce_group)
+                reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+                work = reduce(received, buffer, async_op=True, group=self.reduce_group)
         else:
             received = torch.empty(own * (self.world - 1), dtype=buffer.dtype,
                                    device=buffer.device)
@@ -430,7 +431,7 @@ class PythonEngine:
                 full.copy_(shard)
             return _Done()
         self.sent_bytes += shard.numel() * (self.world - 1) * shard.element_size()
-        return dist.all_gather_into_tensor(full, shard, group=self.gather_group, async_op=True)
+        return all_gather(full, shard, self.gather_group, async_op=True)
 
     def close(self) -> None:
         """Remove the hooks. Parameters stay as they are."""

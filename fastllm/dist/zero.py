@@ -30,7 +30,7 @@ from fastllm.dist.mesh import World
 from fastllm.dist.partition import Run, fill, runs
 from fastllm.dist.python_engine import Options
 from fastllm.dist.units import Schedule, Unit, find_units
-from fastllm.optim import OptimConfig, make_optimizer
+from fastllm.optim import OptimConfig, Settled, make_optimizer
 from fastllm.optim.base import Place
 from fastllm.pieces import Piece
 
@@ -51,22 +51,19 @@ class _Bucket:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What the ranks agreed on after the last backward of a step; on the device, not waited for."""
+class Agreed(Settled):
+    """What the ranks agreed on; the norm is NaN where a rank lacks a gradient."""
 
-    norm: Tensor
-    """The global L2 norm of the gradients, 0-d fp32; NaN where a rank lacks a gradient."""
-    totals: Tensor
-    """The sums over ranks of what `settle` was given."""
-    table: Tensor
-    missing: Callable[[int], str]
+    unused: Tensor
+    """(ranks,) a parameter that a rank's step did not reach, as its place in the model, or -1."""
+    name_of: Callable[[int], str]
 
     def check(self) -> None:
         """Raises RunError, on every rank, naming a parameter that no micro-batch of a rank used."""
-        for rank, code in enumerate(self.table[:, 1].tolist()):
+        for rank, code in enumerate(self.unused.tolist()):
             if code >= 0:
                 raise RunError(
-                    f"rank {rank}: {self.missing(int(code))} had no gradient in this step; freeze "
+                    f"rank {rank}: {self.name_of(int(code))} had no gradient in this step; freeze "
                     "it with requires_grad_(False), or let the loss reach it on every rank")
 
 
@@ -233,7 +230,7 @@ class Zero:
         if not self._engine.local:
             self._engine.close_round()
 
-    def settle(self, *values: float | Tensor) -> Settled:
+    def settle(self, *values: float | Tensor) -> Agreed:
         """After the step's last backward: wait for the gradients, and agree on their norm.
 
         values: numbers, or 0-d tensors, to be summed over ranks on the way.
@@ -251,12 +248,12 @@ class Zero:
         if self.world.size > 1:
             table = torch.empty(self.world.size, len(row), dtype=torch.float64, device=device)
             self.watch("the exchange of gradient norms")
-            dist.all_gather_into_tensor(table.view(-1), row, group=self.world.group)
+            mesh.all_gather(table.view(-1), row, self.world.group)
             self.watch(None)
         norm = table[:, 0].sum().sqrt()
         norm = torch.where((table[:, 1] >= 0).any(), torch.nan, norm).float()
         self._collect_gradients()
-        return Settled(norm, table[:, 2:].sum(0), table, self._name_of)
+        return Agreed(norm, table[:, 2:].sum(0), table[:, 1], self._name_of)
 
     def _collect_gradients(self) -> None:
         if self.stage == 0:
@@ -299,20 +296,15 @@ class Zero:
             shard = self._engine.shard(bucket.number)
         return shard[run.begin:run.begin + run.size]
 
-    def all_pieces(self) -> list[Piece]:
-        """`pieces`, and this rank's share of frozen parameters: together they are the model.
-
-        Outside stage 3 rank 0 has all that is frozen.
-        """
-        if self.stage == 0:
-            named = self.model.named_parameters()
-            return [Piece.whole(name, param) for name, param in named] if self.world.first else []
-        found = self.pieces()
-        held = set(self._index)
+    def model_pieces(self, *, saving: bool) -> list[Piece]:
+        """The model, frozen parameters as well: what this rank is to load, or, saving, to write, so
+        that the ranks together write every element once. After loading call `loaded`."""
+        whole = [(name, param) for name, param in self.model.named_parameters()
+                 if self.stage == 0 or (self.stage < 3 and name not in self._index)]
+        found = [] if self.stage == 0 else self.pieces()
         if self.stage < 3:
-            return found + [Piece.whole(name, param) for name, param in
-                            self.model.named_parameters()
-                            if name not in held and self.world.first]
+            writes = self.world.first or not saving
+            return found + [Piece.whole(name, param) for name, param in whole if writes]
         for bucket in self._buckets:
             if not bucket.trainable:
                 found += [Piece(bucket.names[run.parameter],
@@ -345,15 +337,10 @@ class Zero:
         self._engine.zero()
         self._whole: dict[int, Tensor] = {}
 
-    def load(self, changed: bool = True) -> None:
-        """After the shards were filled from outside: masters aside, everything follows them."""
-        if self._host is not None and changed:
-            for number, (shard, _) in self._host.items():
-                self._engine.shard(number).copy_(shard)
-        if self.stage in (1, 2) or (self.stage == 3 and self._schedule):
-            self._engine.publish()
-            if self._schedule:
-                self._schedule.release()
+    def loaded(self) -> None:
+        """After `model_pieces` were filled from outside: every rank's parameters follow."""
+        self.publish()
+        self.reshard()
 
     # ------------------------------------------------------------------------------- other faces
 

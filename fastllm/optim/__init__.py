@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fastllm.optim.accumulate import GradAccumulator
+from fastllm.optim.accumulate import GradAccumulator, Settled
 from fastllm.optim.adamw import LAMB, AdamW, AdamW8bit
 from fastllm.optim.base import Optimizer, Place
 from fastllm.optim.config import OptimConfig
@@ -17,7 +17,7 @@ from fastllm.optim.schedules import ScheduleConfig, lr_at
 __all__ = ["LAMB", "OPTIMIZERS", "SGD", "Adagrad", "AdamW", "AdamW8bit", "GradAccumulator", "Lion",
            "LossScaler", "Muon", "OptimConfig", "Optimizer", "ParamGroup", "Place",
            "RMSprop",
-           "ScheduleConfig", "describe", "lr_at", "make_optimizer", "param_groups"]
+           "ScheduleConfig", "Settled", "describe", "lr_at", "make_optimizer", "param_groups"]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW, "adamw8bit": AdamW8bit, "lion": Lion, "sgd": SGD, "adagrad": Adagrad,

@@ -1,9 +1,25 @@
 """Gradients of one optimizer step from several micro-batches, summed in fp32."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is known after the last backward of a step; on the device, not waited for."""
+
+    norm: Tensor | None
+    """The global L2 norm of the gradients, 0-d fp32; None where the optimizer finds it."""
+    totals: Tensor
+    """The numbers given to `settle`, fp64; over several ranks their sums."""
+
+    def check(self) -> None:
+        """Raises RunError where the step cannot count."""
 
 
 class GradAccumulator:
@@ -27,6 +43,11 @@ class GradAccumulator:
         self._handles = [self.params[i].register_post_accumulate_grad_hook(self._adder(i))
                          for i in sorted(self._hooked)]
 
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """A context for the forward and backward of one micro-batch. (fastllm.dist.zero.Zero, which
+        takes this one's place on several ranks, has something to do there.)"""
+        return nullcontext()
+
     def collect(self) -> None:
         """Once after the backward of every micro-batch."""
         self._collected += 1
@@ -41,6 +62,15 @@ class GradAccumulator:
                                "collected: the sum is not the whole step's gradient")
         return [(self._buffers[i] if i in self._filled else None) if i in self._hooked
                 else param.grad for i, param in enumerate(self.params)]
+
+    def settle(self, *values: float | Tensor) -> Settled:
+        """After the last micro-batch; values: numbers, or 0-d tensors, wanted together."""
+        device = self.params[0].device
+        return Settled(None, torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device)
+                                          for value in values]))
+
+    def publish(self) -> None:
+        """After the optimizer's update: nothing, as no other rank waits for it."""
 
     def zero(self) -> None:
         """Start the next step. The fp32 buffers keep their memory."""

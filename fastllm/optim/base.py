@@ -202,7 +202,22 @@ class Optimizer:
             tensors |= {f"{state}.{name}": tensor for state, tensor in states.items()}
             if master is not None:
                 tensors[f"master.{name}"] = master
-        return tensors, {"name": self.config.name, "steps": self.steps, "seed": self.seed}
+        return tensors, self.counters()
+
+    def counters(self) -> dict[str, Any]:
+        """What the optimizer knows beside its tensors, ready for JSON."""
+        return {"name": self.config.name, "steps": self.steps, "seed": self.seed}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Undo of `counters`. Raises UserError for those of another optimizer."""
+        self._same_name(counters)
+        self.steps, self.seed = int(counters["steps"]), int(counters["seed"])
+        self._unsettled = False
+
+    def _same_name(self, counters: dict[str, Any]) -> None:
+        if counters["name"] != self.config.name:
+            raise UserError(f"the saved run's optimizer is {counters['name']}, not "
+                            f"{self.config.name}: give --optim.name {counters['name']}")
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
@@ -211,9 +226,7 @@ class Optimizer:
         Raises UserError for the state of another optimizer, or naming the first tensor that is
         missing, unknown or of another shape or dtype; nothing is changed then.
         """
-        if counters["name"] != self.config.name:
-            raise UserError(f"the saved run's optimizer is {counters['name']}, not "
-                            f"{self.config.name}: give --optim.name {counters['name']}")
+        self._same_name(counters)
         own, _ = self.state_dict()
         for name in [*own, *tensors]:
             if name not in tensors or name not in own:
@@ -226,8 +239,7 @@ class Optimizer:
                                 f"the saved run and {mine.dtype} {tuple(mine.shape)} here")
         for name, mine in own.items():
             mine.copy_(tensors[name])
-        self.steps, self.seed = int(counters["steps"]), int(counters["seed"])
-        self._unsettled = False
+        self.load_counters(counters)
 
     def _grad_scale(self, norm: Tensor, unscale: float) -> Tensor:
         """unscale times the clip coefficient, on the device; NaN if the norm is not finite."""
