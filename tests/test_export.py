@@ -3,12 +3,17 @@
 import pytest
 import torch
 import transformers
+from states import cut
+from threads_as_ranks import everywhere, must
 
+from fastllm import checkpoint, commands, config
 from fastllm import export as module
 from fastllm.config import UserError
 from fastllm.data.tokenizer import TokenizerConfig, train_bpe
-from fastllm.export import export
+from fastllm.export import export, export_checkpoint
 from fastllm.model import Decoder, ModelConfig, hf
+from fastllm.run import RunConfig
+from fastllm.trainer import TrainConfig
 
 TEXT = "def f(x): return x\n  床前明月光，疑是地上霜。 naïve café 1234567"
 
@@ -48,6 +53,53 @@ def test_transformers_loads_model_and_tokenizer(changes, kind, tmp_path):
         batch = torch.tensor([ids])
         torch.testing.assert_close(theirs(batch).logits, model.logits(model(batch)),
                                    rtol=0, atol=1e-5)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"attention_bias": True, "tie_word_embeddings": False}, {"qk_norm": True}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_checkpoint_exports_as_the_whole_model_does(changes, dtype, tmp_path):
+    model = make(**changes).half()
+    tokenizer = make_tokenizer(max_digits=1)
+    expected = export(model, tmp_path / "whole", tokenizer=tokenizer, dtype=dtype)
+    whole = {"model": dict(model.named_parameters())}
+    for ranks in (1, 3):
+        path = must(everywhere(ranks, lambda world, ranks=ranks: checkpoint.save(
+            tmp_path / str(ranks), 1, cut(whole, world.rank, ranks), {}, world)))[0]
+        folder = export_checkpoint(checkpoint.load(path), model.config,
+                                   tmp_path / f"export-{ranks}", tokenizer=tokenizer, dtype=dtype)
+        assert content(folder) == content(expected)
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(tmp_path):
+    saved = checkpoint.load(checkpoint.save(
+        tmp_path, 1, {"model": dict(make().named_parameters())}, {}))
+    for changes, name in (({"hidden_size": 16}, "embed_tokens.weight"),
+                          ({"qk_norm": True}, "layers.0.self_attn.q_norm.weight"),
+                          ({"num_hidden_layers": 1}, "layers.1")):
+        with pytest.raises(UserError, match=f"tensor {name}"):
+            export_checkpoint(saved, make(**changes).config, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_commands_take_a_run_that_has_checkpoints_alone(tmp_path, capsys):
+    model, tokenizer = make().bfloat16(), make_tokenizer()
+    run = tmp_path / "run"
+    checkpoint.save(run / "checkpoints", 5, {"model": dict(model.named_parameters())}, {})
+    (run / "config.yaml").write_text(config.to_yaml(RunConfig(
+        model=model.config, train=TrainConfig(seq_len=64))))
+    tokenizer.save(run / "tokenizer.json")
+    expected = export(model, tmp_path / "whole", tokenizer=tokenizer)
+    commands.export_model(str(run), commands.ExportRun(out=str(tmp_path / "exported")))
+    assert content(tmp_path / "exported") == content(expected)
+    assert capsys.readouterr().out == f"{tmp_path / 'exported'}\n"
+    opened, _ = commands.open_model(str(run), device=torch.device("cpu"), dtype=torch.float32)
+    for name, parameter in opened.named_parameters():
+        assert torch.equal(parameter, dict(model.named_parameters())[name].float())
 
 
 def test_export_replaces_an_earlier_export_and_leaves_nothing_beside_it(tmp_path):

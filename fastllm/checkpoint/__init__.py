@@ -123,9 +123,10 @@ def save(folder: Path, step: int, parts: Parts, state: dict[str, Any], world: Wo
                 "state_hash": total_of(hashes), "part_hashes": hashes}
         listed = {name: entry for some, _ in reports for name, entry in some.items()}
         first_rank(lambda: _finish(temporary, final, listed, {**head, **state}))
-    except Exception:
+    except (UserError, RunError):  # the one that all ranks raise together
         if world.first:
             files.remove_tree(temporary)
+        world.barrier()
         raise
     return final
 
