@@ -126,6 +126,24 @@ def test_pieces_that_overlap_or_leave_a_hole_are_neither_saved_nor_read(
             raise error
 
 
+def test_a_rank_may_have_nothing_to_write(tmp_path):
+    """As where every rank holds the whole and the first one writes it; each still fills its own."""
+    whole = state(1)
+
+    def work(world):
+        mine = whole if world.first else {part: {} for part in whole}
+        saved = checkpoint.load(checkpoint.save(tmp_path, 1, mine, {}, world), world)
+        own = {part: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+               for part, tensors in whole.items()}
+        for part in own:
+            saved.fill(part, own[part])
+        return own, saved.state["state_hash"]
+
+    for own, total in must(everywhere(3, work)):
+        assert same(own, whole)
+        assert total == checkpoint.digest(whole)
+
+
 def test_every_rank_falls_back_to_the_same_checkpoint(tmp_path):
     """The damage lies in a file that one rank verifies and the other does not."""
     save(tmp_path, 1, state(1), 2)
