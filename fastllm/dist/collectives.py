@@ -30,22 +30,27 @@ def engine(backend: str, world: World, options: Options,
     new_group: reduce in a process group of its own, so that gathers and reductions need no common
     order.
     """
-    built = cpu.available() and _cpp() is not None
+    built = _cpp()
     if backend not in ("auto", "cpp", "python"):
         raise UserError(f"zero: backend is {backend!r}, use auto, cpp or python")
-    if backend == "cpp" and not built:
+    if backend == "cpp" and built is None:
         raise UserError("zero: backend cpp needs the C++ extension (fastllm-train info says what "
                         "is missing)")
     reduce_group = world.group
     if new_group and world.size > 1:
         ranks = dist.get_process_group_ranks(world.group)
         reduce_group = dist.new_group(ranks)
-    kind = PythonEngine if backend == "python" or not built else _cpp()
+    kind = PythonEngine if backend == "python" or built is None else built
     return kind(world.rank, world.size, world.group, reduce_group, options, watch)
 
 
 def _cpp() -> Any:
-    return None
+    """The engine of the C++ extension, or None where there is none."""
+    if not cpu.available():
+        return None
+    from fastllm import _C
+
+    return _C.Engine
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from fastllm.dist.mesh import all_gather
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
 
 IN_FLIGHT = 2
-"""Reduce-scatters under way at a time: each holds two buffers of a bucket's size."""
+"""Reduce-scatters under way while backward goes on: each holds two buffers of a bucket's size."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,6 @@ class PythonEngine:
     def _launch(self, number: int, bucket: Bucket) -> None:
         if bucket.layout.shard == 0:
             return
-        while len(self._flying) >= self.options.in_flight:
-            self._land()
         if self.check:
             self.check(f"reduce-scatter of {bucket.name}")
         buffer, bucket.buffer = bucket.buffer, None
@@ -251,6 +249,8 @@ class PythonEngine:
                                               splits, group=self.reduce_group, async_op=True)
         self.sent_bytes += own * (self.world - 1) * buffer.element_size()
         self._flying.append((number, work, buffer, received))
+        while len(self._flying) > self.options.in_flight:
+            self._land()
 
     def _quantize(self, bucket: Bucket, buffer: Tensor) -> Tensor:
         """The buffer in int8 with a scale a block; what that loses is added to the next one."""

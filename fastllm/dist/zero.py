@@ -28,7 +28,7 @@ from fastllm.config import RunError, UserError
 from fastllm.dist import collectives, mesh
 from fastllm.dist.mesh import World
 from fastllm.dist.partition import Run, fill, runs
-from fastllm.dist.python_engine import Options
+from fastllm.dist.python_engine import IN_FLIGHT, Options
 from fastllm.dist.units import Schedule, Unit, find_units
 from fastllm.optim import OptimConfig, Settled, make_optimizer
 from fastllm.optim.base import Place
@@ -70,7 +70,8 @@ class Agreed(Settled):
 def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "same",
           average: bool = True, bucket_mb: float = 25.0,
           offload: Literal["none", "optimizer", "all"] = "none",
-          units: Iterable[nn.Module] | None = None, prefetch: bool = True, check: bool = False,
+          units: Iterable[nn.Module] | None = None, prefetch: bool = True, overlap: bool = True,
+          check: bool = False,
           backend: Literal["auto", "cpp", "python"] = "auto",
           fill_parameter: Callable[[str, Tensor], None] | None = None,
           watch: Callable[[str | None], None] | None = None) -> "Zero":
@@ -90,6 +91,8 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
             ModuleLists.
         prefetch: stage 3: gather the next unit while one computes. Needs the same order of units
             in every forward.
+        overlap: go on with the backward while gradients are exchanged; False, to compare: the same
+            bits.
         check: compare the name of every collective over ranks before it starts (slow, to debug).
         backend: the engine; "auto" is C++ where the extension was built.
         fill_parameter: (name, tensor) -> None fills a whole parameter; for a model on the meta
@@ -109,7 +112,7 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
     if stage == 0 and offload != "none":
         raise UserError("zero: offload needs stage 1 or more: stage 0 has no shards")
     return Zero(model, stage, _world(mesh), average=average, wire=wire_dtype, bucket_mb=bucket_mb,
-                offload=offload, units=units, prefetch=prefetch, check=check, backend=backend,
+                offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check, backend=backend,
                 fill_parameter=fill_parameter, watch=watch)
 
 
@@ -123,7 +126,7 @@ class Zero:
 
     def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
                  bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
-                 check: bool, backend: str,
+                 overlap: bool, check: bool, backend: str,
                  fill_parameter: Callable[[str, Tensor], None] | None,
                  watch: Callable[[str | None], None] | None) -> None:
         self.model, self.stage, self.world, self.offload = model, stage, world, offload
@@ -134,8 +137,8 @@ class Zero:
             _broadcast(model, world)
         scale = 1.0 / world.size if average else 1.0
         self._engine = collectives.engine(backend, world, Options(
-            wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3),
-            self.watch, new_group=stage == 3)
+            wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3,
+            in_flight=IN_FLIGHT if overlap else 0), self.watch, new_group=stage == 3)
         if check:
             self._engine.check = self._same_collective
         self._buckets: list[_Bucket] = []

@@ -1,0 +1,157 @@
+#include "bucket.h"
+
+#include <utility>
+
+#include "quantize.h"
+
+namespace fastllm {
+namespace {
+
+at::ScalarType wire_type(const std::string& wire, at::ScalarType param) {
+  if (param == at::kDouble || wire == "same") return param;
+  if (wire == "fp32") return at::kFloat;
+  if (wire == "bf16") return at::kBFloat16;
+  TORCH_CHECK_VALUE(wire == "int8", "wire must be same, fp32, bf16 or int8, found ", wire);
+  return at::kByte;
+}
+
+std::vector<int64_t> natural_order(int64_t world) {
+  std::vector<int64_t> order;
+  for (int64_t rank = 0; rank < world; ++rank) order.push_back(rank);
+  return order;
+}
+
+}  // namespace
+
+Bucket::Bucket(std::string name, std::vector<at::Tensor> params, bool trainable, bool release,
+               const Collective& collective, const std::string& wire, bool native_group,
+               MemoryPool& memory, BufferPool& buffers)
+    : name_(std::move(name)),
+      trainable_(trainable),
+      flat_(std::move(params), collective.world(), collective.rank(), release, memory),
+      buffers_(buffers) {
+  const at::Tensor& first = flat_.params()[0];
+  wire_ = wire_type(wire, first.scalar_type());
+  native_ = native_group && (wire_ == at::kFloat || wire_ == at::kDouble);
+  packed_.resize(flat_.params().size());
+  reached_.resize(flat_.params().size());
+  if (!trainable) return;
+  const Layout& layout = flat_.layout();
+  const std::vector<Run> all =
+      make_runs(layout, native_ ? natural_order(collective.world())
+                                : sent_order(collective.world(), collective.rank()));
+  runs_.resize(flat_.params().size());
+  for (const Run& run : all) runs_[run.parameter].push_back(run);
+  gaps_ = make_gaps(all, layout.padded());
+  const auto options = first.options().requires_grad(false);
+  grad_ = at::zeros({layout.shard}, options.dtype(wide(first.scalar_type())));
+  if (wire_ == at::kByte) error_ = at::zeros({layout.padded()}, options.dtype(at::kFloat));
+}
+
+at::Tensor Bucket::take_buffer(int64_t numel, at::ScalarType type) {
+  const at::TensorOptions options = grad_.options().dtype(type);
+  const int64_t bytes = numel * static_cast<int64_t>(c10::elementSize(type));
+  if (grad_.is_cpu()) {
+    if (std::optional<at::Tensor> memory = buffers_.take(bytes)) return memory->view(type);
+  }
+  return at::empty({numel}, options);
+}
+
+void Bucket::give_buffer(const at::Tensor& buffer) {
+  if (buffer.defined() && buffer.is_cpu() && buffer.numel() > 0) {
+    buffers_.give(static_cast<int64_t>(buffer.nbytes()), buffer.view(at::kByte));
+  }
+}
+
+void Bucket::keep(int64_t i) {
+  at::Tensor& grad = flat_.params()[i].mutable_grad();
+  const at::ScalarType type = wide(grad.scalar_type());
+  if (grad.scalar_type() == type) return;  // autograd itself adds to it
+  const auto kept = kept_.find(i);
+  if (kept == kept_.end()) {
+    kept_[i] = grad.to(type);
+  } else {
+    kept->second.add_(grad);
+  }
+  grad.reset();
+}
+
+void Bucket::pack(int64_t i) {
+  if (!buffer_.defined()) {
+    // int8 is made of the whole buffer at once: it is packed in the wide type before.
+    buffer_ = take_buffer(flat_.layout().padded(),
+                          wire_ == at::kByte ? wide(flat_.params()[0].scalar_type()) : wire_);
+    for (const Run& gap : gaps_) buffer_.narrow(0, gap.begin, gap.size).zero_();
+  }
+  at::Tensor& slot = flat_.params()[i].mutable_grad();
+  at::Tensor grad = slot;
+  slot.reset();
+  const auto kept = kept_.find(i);
+  if (kept != kept_.end()) {
+    grad = grad.defined() ? kept->second.add_(grad) : kept->second;
+    kept_.erase(kept);
+  }
+  if (grad.defined()) grad = grad.reshape({-1});
+  for (const Run& run : runs_[i]) {
+    const at::Tensor target = buffer_.narrow(0, run.begin, run.size);
+    if (grad.defined()) {
+      target.copy_(grad.narrow(0, run.offset, run.size));
+    } else {
+      target.zero_();
+    }
+  }
+  packed_count_ += !packed_[i];
+  packed_[i] = true;
+}
+
+void Bucket::clear_packed() {
+  packed_.assign(packed_.size(), false);
+  packed_count_ = 0;
+}
+
+void Bucket::start(Collective& collective) {
+  at::Tensor buffer = std::exchange(buffer_, at::Tensor());
+  if (wire_ == at::kByte) {
+    const at::Tensor wide_buffer = buffer;
+    buffer = take_buffer(wide_buffer.numel() / kTile * kInt8Bytes, at::kByte);
+    quantize_int8(buffer, wide_buffer, error_, 1.0);
+    give_buffer(wide_buffer);
+  }
+  const int64_t own = buffer.numel() / collective.world();
+  const int64_t room = native_ ? own : own * (collective.world() - 1);
+  flight_ = collective.start_reduce(buffer, take_buffer(room, buffer.scalar_type()), native_);
+}
+
+void Bucket::land(Collective& collective, double scale) {
+  square_ = collective.land(flight_, grad_, native_, scale, summed_);
+  summed_ = true;
+  give_buffer(flight_.buffer);
+  give_buffer(flight_.received);
+  flight_ = Flight();
+}
+
+bool Bucket::has_kept() const {
+  if (!kept_.empty()) return true;
+  for (const at::Tensor& param : flat_.params()) {
+    if (param.grad().defined()) return true;
+  }
+  return false;
+}
+
+std::vector<int64_t> Bucket::unreached() const {
+  std::vector<int64_t> found;
+  for (size_t i = 0; i < reached_.size(); ++i) {
+    if (!reached_[i] && flat_.params()[i].numel() > 0) found.push_back(static_cast<int64_t>(i));
+  }
+  return found;
+}
+
+void Bucket::forget() {
+  summed_ = false;
+  square_ = 0.0;
+  kept_.clear();
+  reached_.assign(reached_.size(), false);
+  for (const at::Tensor& param : flat_.params()) param.mutable_grad().reset();
+}
+
+}  // namespace fastllm
