@@ -15,7 +15,8 @@ memory, and only then renamed: a name `step-N` always stands for a whole one, un
 damaged it later. `newest` notices that and falls back to the one before, saying so. An older one is
 removed only after a newer one was verified.
 
-Neither writing nor reading holds more than a few megabytes in the host's memory beside the state.
+Writing and filling hold a few megabytes in the host's memory beside the state, whatever its size;
+`Checkpoint.stream` and an export hold one tensor.
 """
 
 import json

@@ -228,7 +228,6 @@ MEMORY = """
 import sys, torch
 from pathlib import Path
 from fastllm import checkpoint
-import fastllm.ops
 def status(key):
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
     return int(lines[key].split()[0]) / 1024
