@@ -13,9 +13,11 @@ from typing import Any
 
 from fastllm import commands, config, run
 from fastllm.config import RunError, UserError, nearest
+from fastllm.dist import last_words
+from fastllm.dist.launch import LaunchConfig, launch, parse
 from fastllm.presets import PRESETS, preset
 
-PROGRAM = "fastllm-train"
+PROGRAM = last_words.PROGRAM
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ VERBS: dict[str, Verb] = {
                  run.RunConfig, run.demo, preset="demo"),
     "pretrain": Verb("train a model on text: --data.path FILES --out DIR", run.RunConfig,
                      run.pretrain),
+    "launch": Verb("start ranks of a command: [--nproc N] VERB ...; also on several nodes",
+                   LaunchConfig, launch),
     "tokenizer train": Verb("train a byte-level BPE tokenizer: --data.path FILES --out FILE",
                             commands.TokenizerRun, commands.train_tokenizer),
     "data prepare": Verb("tokenise text once into memory-mapped files", commands.DataRun,
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _dispatch(arguments)
+        return _dispatch(arguments, debug)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -69,15 +73,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"{PROGRAM}: {_one_line(error)}", file=sys.stderr)
+        last_words.say(_one_line(error))
         return 2 if isinstance(error, UserError) or _disk_full(error) else 1
-    return 0
 
 
-def _dispatch(arguments: list[str]) -> None:
+def _dispatch(arguments: list[str], debug: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
-        return
+        return 0
     words = 2 if " ".join(arguments[:2]) in VERBS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in VERBS:
@@ -85,9 +88,11 @@ def _dispatch(arguments: list[str]) -> None:
         hint = f": use one of {', '.join(twins)}" if twins else nearest(name, list(VERBS))
         raise UserError(f"no command '{name}'{hint}; {PROGRAM} --help lists them")
     verb = VERBS[name]
+    if name == "launch" and rest[:1] not in (["-h"], ["--help"]):
+        return _launch(rest, debug)
     if "-h" in rest or "--help" in rest:
         _help(name, verb)
-        return
+        return 0
     positional = []
     if verb.model:
         if not rest or rest[0].startswith("--"):
@@ -95,6 +100,18 @@ def _dispatch(arguments: list[str]) -> None:
                             "Hugging Face folder")
         positional, rest = [rest[0]], rest[1:]
     verb.call(*positional, _configure(verb, rest))
+    return 0
+
+
+def _launch(arguments: list[str], debug: bool) -> int:
+    """The exit code of a command on many ranks. A mistake in its first words is said here, once."""
+    settings, command = parse(arguments)
+    words = 2 if " ".join(command[:2]) in VERBS else 1
+    name = " ".join(command[:words])
+    if name not in VERBS or name == "launch":
+        raise UserError(f"launch: no command '{name}' to start{nearest(name, list(VERBS))}; as in: "
+                        f"{PROGRAM} launch --nproc 2 pretrain ...")
+    return launch(settings, [*command, *(["--debug"] if debug else [])])
 
 
 def _configure(verb: Verb, arguments: list[str]) -> Any:

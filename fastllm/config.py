@@ -34,6 +34,11 @@ def environment(name: str, default: str | None = None) -> str | None:
     return os.environ.get(name, default)
 
 
+def environment_with(changes: dict[str, str]) -> dict[str, str]:
+    """The whole environment with some variables changed, for a process to be started."""
+    return {**os.environ, **changes}
+
+
 def cache_folder() -> Path:
     """Where what a machine need find out only once is kept: fastllm in $XDG_CACHE_HOME, which must
     be absolute, else in ~/.cache. Raises RuntimeError where a user has no home."""
