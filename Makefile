@@ -39,6 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/optim.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/zero.py
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/readme.py
 

@@ -94,6 +94,44 @@ def _beside(result: dict, peer: str) -> list[str]:
     return [f"{times[peer]:.1f} ms", f"{times['fastllm']:.1f} ms", f"{result['ratio'][peer]:.2f}x"]
 
 
+def zero(result: dict | None = None) -> str:
+    """Data-parallel steps beside DDP, FSDP2 and DeepSpeed, a row a peer, and the reduce-scatter."""
+    result = result or load("cpu-2core/zero")
+    rows, busy = [], 0.0
+    for name, one in result["results"].items():
+        what = f"{one['parameters'] / 1e6:.0f}M {'bf16' if 'bfloat16' in name else 'fp32'}: "
+        busy = max([busy, *(group["others_share"] for group in one["groups"])])
+        for peer, theirs in one["contestants"].items():
+            ours = one["contestants"].get(theirs["against"])
+            if ours is theirs or ours is None or peer == "alone":
+                continue
+            ratio = theirs["ms_ratio"]
+            rows.append([
+                what + peer, f"{theirs['ms']:,.0f} ms", f"{ours['ms']:,.0f} ms",
+                f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})",
+                f"{theirs['cpu_ms_ratio']['median']:.2f}x",
+                *(f"{held / 1e6:,.0f} MB" for held in (theirs["state_bytes"], ours["state_bytes"],
+                                                       theirs["state_formula"]))])
+        rows += [[what + peer, reason.replace("|", "/"), *["-"] * 6]
+                 for peer, reason in one["missing"].items()]
+    head = [f"data-parallel step, {result['world']} ranks of one thread, "
+            f"{result['batch'][0]} x {result['batch'][1]} tokens", "peer", "fastllm", "speed",
+            "processor time", "states a rank: peer", "fastllm", "formula"]
+    text = table(head, rows)
+    if busy > 0.03:
+        text += (f"\nOther programs took up to {100 * busy:.0f}% of the processors meanwhile: the "
+                 "ratios say more than the times.\n")
+    wires = [[name.replace(" bfloat16", ", bf16").replace(" float32", ", fp32"),
+              *(f"{one['ms'][side]:.1f} ms" for side in ("gloo", "ours")),
+              f"{one['ratio']['median']:.2f}x",
+              *(f"{one['error'][side]:.1e}" for side in ("gloo", "ours"))]
+             for name, one in result.get("reduce_scatter", {}).items() if "missing" not in one]
+    if wires:
+        text += "\n" + table(["reduce-scatter of 58 MB", "Gloo", "fastllm", "speed",
+                              "largest error: Gloo", "fastllm"], wires)
+    return text
+
+
 def demo() -> str:
     """What `make demo` reached."""
     result = load("cpu-2core/demo")
@@ -242,9 +280,9 @@ def audit() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "train": train, "optim": optim, "attention": attention, "demo": demo, "traffic": traffic,
-    "products": products, "above_floor": above_floor, "memory": memory, "audit": audit,
-    "attention_code": attention_code}
+    "train": train, "optim": optim, "attention": attention, "zero": zero, "demo": demo,
+    "traffic": traffic, "products": products, "above_floor": above_floor, "memory": memory,
+    "audit": audit, "attention_code": attention_code}
 
 
 def render(text: str) -> str:
