@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -254,10 +255,12 @@ print(peak() - before)
 
 def test_saving_and_loading_hold_a_few_megabytes(tmp_path):
     """64 MB in tensors of 8: nothing of their size beside them; one at a time when streamed."""
+    # Large blocks go back to the system when they are freed: else those of the warm-up would serve.
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True,
-                          text=True, check=False)
+                          text=True, check=False,
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "500000"})
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     saving, streaming = (float(line) for line in done.stdout.split())
     assert saving < 8
-    assert streaming < 8 + 16
+    assert streaming < 16
