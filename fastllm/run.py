@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from fastllm import checkpoint, config, cpu, data, ops
-from fastllm.callbacks import JsonlWriter, ProgressBar
+from fastllm.callbacks import Callback, JsonlWriter, ProgressBar, data_size
 from fastllm.checkpoint import CheckpointConfig
-from fastllm.config import UserError
+from fastllm.config import RunError, UserError
 from fastllm.data import DataConfig, EvalSet, Loader, Prepared, Tokenizer, TokenizerConfig
 from fastllm.dist import mesh, zero
 from fastllm.dist.config import DistConfig
@@ -31,7 +31,7 @@ from fastllm.evaluate import EvalConfig, evaluate, xz_bits_per_byte
 from fastllm.export import export, export_checkpoint
 from fastllm.generate import GenerateConfig, generate_text
 from fastllm.model import Decoder, ModelConfig, flops_per_token, num_parameters
-from fastllm.monitor import dtype_name, environment, peak_flops, pick_dtype
+from fastllm.monitor import Monitor, dtype_name, environment, peak_flops, pick_dtype
 from fastllm.objectives import pretrain as objective
 from fastllm.objectives.pretrain import PretrainConfig
 from fastllm.optim import (
@@ -42,6 +42,7 @@ from fastllm.optim import (
     make_optimizer,
     param_groups,
 )
+from fastllm.plan import make_plan
 from fastllm.report import write_report
 from fastllm.trainer import TrainConfig, Trainer, seed_generators
 
@@ -125,12 +126,25 @@ def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[s
         settings.model.vocab_size = min(settings.model.vocab_size, prepared.tokenizer.vocab_size)
     if saved:
         _keep_rows(settings.train, saved, world)
+    train = settings.train
+    plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
+                     tokens=train.batch_size * train.seq_len, grad_accum=train.grad_accum,
+                     rank=world.rank, world=world.size)
+    if world.first:
+        print(plan.line())
+    memory = _Measured(Monitor(device).memory_bytes())
     run = _Run(settings, folder, device, dtype, prepared, world)
     run.say(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} "
             f"({why}), {run.total_steps:,} steps of "
             f"{run.rows_a_step * settings.train.seq_len:,} tokens on {device.type}")
     if world.size > 1:
         run.say(f"{world.size} ranks, ZeRO stage {settings.dist.zero}, {run.engine} engine")
+    held = run.trainer.optimizer.held_bytes()
+    if held != plan.states:
+        raise RunError(f"rank {world.rank} holds {held:,} bytes of optimizer states and masters, "
+                       f"and should hold {plan.states:,}; this is a defect of the program")
+    if world.first:
+        run.trainer.callbacks.append(memory)
     run.say(run.groups)
     for line in prepared.summary():
         run.say(line)
@@ -150,6 +164,20 @@ def _keep_rows(train: TrainConfig, saved: checkpoint.Checkpoint, world: World) -
                         f"train.batch-size {train.batch_size} do not divide: give a "
                         "train.batch-size that does")
     train.grad_accum = rows // each
+
+
+class _Measured(Callback):
+    """Says, after the first step, what memory the run has really taken on the first rank."""
+
+    def __init__(self, before: int) -> None:
+        self.before: int | None = before
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        if self.before is not None:
+            peak = int(record["memory_bytes"])
+            print(f"memory a rank, measured: {data_size(peak - self.before)} more than the "
+                  f"{data_size(self.before)} before the model was made")
+        self.before = None
 
 
 class _Run:
@@ -292,7 +320,8 @@ class _Run:
             for op, (backend, reason) in ops.dispatch(self.device).items()})
 
     def finish(self, last: dict[str, Any] | None) -> dict[str, Any]:
-        """The summary, with the last evaluation; where the run came to its end also xz's figure, continuations and model/."""
+        """The summary, with the last evaluation; where the run came to its end also xz's figure,
+        continuations and model/."""
         progress = self.trainer.progress
         summary: dict[str, Any] = {
             "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,

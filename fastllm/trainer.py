@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastllm import checkpoint
 from fastllm.callbacks import Callback
-from fastllm.checkpoint import Checkpoint, CheckpointConfig, Parts
+from fastllm.checkpoint import Checkpoint, CheckpointConfig
 from fastllm.config import RunError, UserError
 from fastllm.data.collate import Batch
 from fastllm.data.loader import Loader
@@ -30,8 +30,8 @@ from fastllm.dist.mesh import ALONE, World
 from fastllm.dist.zero import Zero
 from fastllm.model import Decoder
 from fastllm.monitor import Monitor
-from fastllm.pieces import Piece
 from fastllm.optim import GradAccumulator, LossScaler, Optimizer, ScheduleConfig, lr_at
+from fastllm.pieces import Piece
 
 # A run that skips this many steps in a row will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 25
@@ -177,7 +177,8 @@ class Trainer:
         record = {
             "step": self.progress.step, "tokens": self.progress.tokens,
             "loss": loss_value / max(tokens, 1), "lr": lr, "grad_norm": norm_value,
-            "tokens_per_second": rate, "mfu": rate * self.flops_per_token / (self.peak_flops * self.world.size),
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / (self.peak_flops * self.world.size),
             "memory_bytes": self.monitor.memory_bytes(), "seconds": seconds,
             **self.monitor.sample(),
         }

@@ -14,8 +14,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 2020.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,10 +25,11 @@ from torch import Tensor, nn
 
 from fastllm.config import RunError, UserError
 from fastllm.dist import collectives, mesh
+from fastllm.dist.buckets import Group, broadcast, group_parameters, same_models
 from fastllm.dist.mesh import World
-from fastllm.dist.partition import Run, fill, runs
+from fastllm.dist.partition import Run, runs
 from fastllm.dist.python_engine import IN_FLIGHT, Options
-from fastllm.dist.units import Schedule, Unit, find_units
+from fastllm.dist.units import Schedule
 from fastllm.optim import OptimConfig, Settled, make_optimizer
 from fastllm.optim.base import Place
 from fastllm.pieces import Piece
@@ -131,10 +131,10 @@ class Zero:
                  watch: Callable[[str | None], None] | None) -> None:
         self.model, self.stage, self.world, self.offload = model, stage, world, offload
         self.watch = watch or (lambda what: None)
-        found = find_units(model, units)
-        _same_models(model, world)
+        same_models(model, world)
         if fill_parameter is None:
-            _broadcast(model, world)
+            broadcast(model, world)
+        found, groups = group_parameters(model, stage, bucket_mb, units)
         scale = 1.0 / world.size if average else 1.0
         self._engine = collectives.engine(backend, world, Options(
             wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3,
@@ -142,13 +142,9 @@ class Zero:
         if check:
             self._engine.check = self._same_collective
         self._buckets: list[_Bucket] = []
-        self._schedule: Schedule | None = None
-        if stage == 3:
-            for unit in [*reversed(found[1:]), found[0]]:
-                self._add_unit(unit, fill_parameter)
-            self._schedule = Schedule(self._engine, found, prefetch=prefetch)
-        else:
-            self._add_all(dict(model.named_parameters()), bucket_mb * 1e6, fill_parameter)
+        for group in groups:
+            self._add(group)
+        self._schedule = Schedule(self._engine, found, prefetch=prefetch) if stage == 3 else None
         self._trainable = [bucket for bucket in self._buckets if bucket.trainable]
         if not self._trainable:
             raise UserError("zero: no parameter of the model has requires_grad")
@@ -157,48 +153,20 @@ class Zero:
             ((self._index[bucket.names[run.parameter]], bucket, run)
              for bucket in self._trainable for run in bucket.owned),
             key=lambda item: (item[0], item[2].offset))
+        self._whole: dict[int, Tensor] = {}
         self._host = self._on_host() if offload != "none" else None
 
     # ------------------------------------------------------------------------------ construction
 
-    def _add_all(self, params: dict[str, Tensor], limit: float,
-                 fill_parameter: Callable[[str, Tensor], None] | None) -> None:
-        """Buckets of one dtype, from the last parameter to the first, as gradients come."""
-        for kind in dict.fromkeys((p.dtype, p.device) for p in params.values() if p.requires_grad):
-            chosen = [(name, p) for name, p in params.items()
-                      if p.requires_grad and (p.dtype, p.device) == kind]
-            chosen.reverse()
-            sizes = [param.numel() * param.element_size() for _, param in chosen]
-            for group in fill(sizes, int(limit)):
-                self._add([chosen[i] for i in group], True, fill_parameter)
-
-    def _add_unit(self, unit: Unit,
-                  fill_parameter: Callable[[str, Tensor], None] | None) -> None:
-        """A bucket for each dtype of a unit, frozen parameters apart."""
-        kinds = dict.fromkeys((p.dtype, p.requires_grad) for p in unit.params.values())
-        for kind in kinds:
-            chosen = [(name, p) for name, p in unit.params.items()
-                      if (p.dtype, p.requires_grad) == kind]
-            number = self._add(chosen, kind[1], fill_parameter)
-            (unit.trainable if kind[1] else unit.frozen).append(number)
-
-    def _add(self, chosen: Sequence[tuple[str, Tensor]], trainable: bool,
-             fill_parameter: Callable[[str, Tensor], None] | None) -> int:
-        for name, param in chosen:
-            if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise UserError(f"zero: {name} is {param.dtype}; float32, bfloat16, float16 and "
-                                "float64 can be sharded")
-        if fill_parameter is not None:
-            for name, param in chosen:
-                if param.is_meta:
-                    raise UserError(f"zero: {name} is on the meta device")
-        names = [name for name, _ in chosen]
+    def _add(self, group: Group) -> None:
+        names = list(group.params)
         label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
-        number = self._engine.add(label, [param for _, param in chosen], trainable)
+        params = list(group.params.values())
+        number = self._engine.add(label, params, group.trainable)
         owned = runs(self._engine.layout(number), [self.world.rank])
-        self._buckets.append(_Bucket(number, names, [param for _, param in chosen], owned,
-                                     trainable))
-        return number
+        self._buckets.append(_Bucket(number, names, params, owned, group.trainable))
+        if group.unit is not None:
+            (group.unit.trainable if group.trainable else group.unit.frozen).append(number)
 
     def _on_host(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Of each trainable bucket: parameters and gradients of this rank's shard, on the CPU."""
@@ -338,7 +306,7 @@ class Zero:
     def zero(self) -> None:
         """Forget the gradients: the next step begins."""
         self._engine.zero()
-        self._whole: dict[int, Tensor] = {}
+        self._whole = {}
 
     def loaded(self) -> None:
         """After `model_pieces` were filled from outside: every rank's parameters follow."""
@@ -415,38 +383,3 @@ def _indices(model: nn.Module) -> dict[str, int]:
     """Trainable parameters by name -> their place among all of the model."""
     return {name: i for i, (name, param) in enumerate(model.named_parameters())
             if param.requires_grad}
-
-
-def _same_models(model: nn.Module, world: World) -> None:
-    """UserError on every rank, naming the first parameter that differs between two of them."""
-    mine = [f"{name} {param.dtype} {tuple(param.shape)}"
-            f"{'' if param.requires_grad else ' frozen'}"
-            for name, param in model.named_parameters()]
-    everyone = world.gather(mine)
-    for rank, other in enumerate(everyone):
-        for ours, theirs in zip(everyone[0], other, strict=False):
-            if ours != theirs:
-                raise UserError(f"zero: the ranks' models differ: rank 0 has {ours}, rank {rank} "
-                                f"has {theirs}")
-        if len(other) != len(everyone[0]):
-            raise UserError(f"zero: the ranks' models differ: rank 0 has {len(everyone[0])} "
-                            f"parameters, rank {rank} has {len(other)}")
-
-
-@torch.no_grad()
-def _broadcast(model: nn.Module, world: World) -> None:
-    """Rank 0's parameters and buffers to every rank."""
-    if world.size == 1:
-        return
-    first = 0 if world.group is None else dist.get_global_rank(world.group, 0)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.numel():
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, first, group=world.group)
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.copy_(whole)
-
-
-def shard_bytes(numel: int, world: int, *, param_bytes: int, states: float) -> float:
-    """Bytes of optimizer states and masters a rank, at least: (states + 4 for 16-bit) P / W."""
-    return math.ceil(numel / world) * (states + (4 if param_bytes == 2 else 0))

@@ -30,7 +30,7 @@ class Place(NamedTuple):
     """Of the whole parameter."""
     offset: int
     """Of the piece's first element in it."""
-    index: int
+    start: int
     """Of the piece's first element among all parameters of the model."""
 
 
@@ -109,7 +109,7 @@ class Optimizer:
         self.places = [Place(tuple(param.shape), 0, index) for param, index in
                        zip(self._params, _offsets(self._params), strict=True)] \
             if places is None else [places[name] for name in self.names]
-        self.offsets = [place.index for place in self.places]
+        self.offsets = [place.start for place in self.places]
         self.states = [self.new_states(name, param, prod(place.shape)) for name, param, place in
                        zip(self.names, self._params, self.places, strict=True)]
         """Of each parameter, by name; a state's name is its name in the checkpoint too."""
@@ -134,6 +134,11 @@ class Optimizer:
         """Memory of the states, without the masters."""
         return sum(tensor.numel() * tensor.element_size()
                    for states in self.states for tensor in states.values())
+
+    def held_bytes(self) -> int:
+        """Memory of the states and the masters."""
+        return self.state_bytes() + sum(master.numel() * master.element_size()
+                                        for master in self.masters if master is not None)
 
     @torch.no_grad()
     def step(self, lr: float, gradients: Sequence[Tensor | None] | None = None, *,
