@@ -119,6 +119,8 @@ class _Rank:
         threads = max(1, len(os.sched_getaffinity(0)) // nodes.local_size)
         variables = {
             "OMP_NUM_THREADS": environment("OMP_NUM_THREADS") or str(threads),
+            # Without it, torch logs a page of C++ frames for each connection that is lost.
+            "TORCH_CPP_LOG_LEVEL": environment("TORCH_CPP_LOG_LEVEL") or "ERROR",
             # A hostname may mean an address that other nodes, or even this one, cannot reach.
             **({} if environment("GLOO_SOCKET_IFNAME") or not nodes.interface
                else {"GLOO_SOCKET_IFNAME": nodes.interface}),

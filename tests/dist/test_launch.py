@@ -52,7 +52,8 @@ def test_environment_and_output(tmp_path, monkeypatch):
     for rank in range(2):
         found = dict(line.split("=", 1) for line in (tmp_path / str(rank)).read_text().splitlines()
                      if "=" in line)
-        assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"]) == (f"{rank}",) * 2 + ("2",)
+        assert found["RANK"] == found["LOCAL_RANK"] == str(rank)
+        assert found["WORLD_SIZE"] == found["LOCAL_WORLD_SIZE"] == "2"
         assert found["MASTER_ADDR"] == "127.0.0.1" and int(found["MASTER_PORT"]) > 0
         assert found["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
 
