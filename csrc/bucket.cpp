@@ -109,7 +109,7 @@ void Bucket::clear_packed() {
   packed_count_ = 0;
 }
 
-void Bucket::start(Collective& collective) {
+Flight Bucket::start(Collective& collective) {
   at::Tensor buffer = std::exchange(buffer_, at::Tensor());
   if (wire_ == at::kByte) {
     const at::Tensor wide_buffer = buffer;
@@ -119,15 +119,14 @@ void Bucket::start(Collective& collective) {
   }
   const int64_t own = buffer.numel() / collective.world();
   const int64_t room = native_ ? own : own * (collective.world() - 1);
-  flight_ = collective.start_reduce(buffer, take_buffer(room, buffer.scalar_type()), native_);
+  return collective.start_reduce(buffer, take_buffer(room, buffer.scalar_type()), native_);
 }
 
-void Bucket::land(Collective& collective, double scale) {
-  square_ = collective.land(flight_, grad_, native_, scale, summed_);
+void Bucket::land(Collective& collective, const Flight& flight, double scale) {
+  square_ = collective.land(flight, grad_, native_, scale, summed_);
   summed_ = true;
-  give_buffer(flight_.buffer);
-  give_buffer(flight_.received);
-  flight_ = Flight();
+  give_buffer(flight.buffer);
+  give_buffer(flight.received);
 }
 
 bool Bucket::has_kept() const {

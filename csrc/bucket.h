@@ -41,8 +41,9 @@ class Bucket {
   bool full() const { return packed_count_ == static_cast<int64_t>(packed_.size()); }
   void clear_packed();
 
-  void start(Collective& collective);
-  void land(Collective& collective, double scale);
+  // The buffer goes off; another micro-batch may fill and send the next one before it is landed.
+  Flight start(Collective& collective);
+  void land(Collective& collective, const Flight& flight, double scale);
 
   bool has_kept() const;
   std::vector<int64_t> unreached() const;
@@ -67,7 +68,6 @@ class Bucket {
   at::Tensor grad_;   // (shard,)
   at::Tensor error_;  // (padded,) what int8 left unsent
   at::Tensor buffer_;
-  Flight flight_;
   std::map<int64_t, at::Tensor> kept_;
   std::vector<bool> packed_;
   int64_t packed_count_ = 0;

@@ -60,16 +60,16 @@ void Engine::launch(int64_t number) {
   Bucket& bucket = *buckets_[number];
   if (bucket.flat().layout().shard == 0) return;
   say(check, "reduce-scatter of " + bucket.name());
-  bucket.start(collective_);
-  flying_.push_back(number);
+  flying_.emplace_back(number, bucket.start(collective_));
   while (static_cast<int64_t>(flying_.size()) > options_.in_flight) land();
 }
 
 void Engine::land() {
-  Bucket& bucket = *buckets_[flying_.front()];
+  const auto [number, flight] = std::move(flying_.front());
   flying_.pop_front();
+  Bucket& bucket = *buckets_[number];
   say(watch, "reduce-scatter of " + bucket.name());
-  bucket.land(collective_, options_.scale);
+  bucket.land(collective_, flight, options_.scale);
   say(watch, "");
 }
 

@@ -79,7 +79,7 @@ class Engine {
   size_t next_ = 0;
   bool open_ = false;
   int64_t rounds_ = 0;
-  std::deque<int64_t> flying_;
+  std::deque<std::pair<int64_t, Flight>> flying_;
   std::vector<Hook> hooks_;
 };
 
