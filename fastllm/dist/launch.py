@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -37,6 +37,7 @@ from fastllm.dist.nodes import Alone, Nodes, join
 # Ranks that are left when one has failed have this long to end by themselves.
 GRACE = 5.0
 TICK = 0.05
+STDERR_LINES = 40
 PROGRAM = (sys.executable, "-m", "fastllm")
 PR_SET_PDEATHSIG = 1
 
@@ -85,6 +86,19 @@ def launch(settings: LaunchConfig, command: Sequence[str],
     other end; after one line on stderr. 128 + n if signal n ended ranks that could not save yet.
     """
     ranks = settings.nproc or _gpus()
+    with _quiet(settings.nnodes > 1) as stderr:
+        failure = _run(settings, ranks, [*program, *command], stderr)
+    if failure is None:
+        return 0
+    code, line = failure
+    if line:
+        print(line, file=sys.stderr)
+    return code
+
+
+def _run(settings: LaunchConfig, ranks: int, command: Sequence[str],
+         stderr: int | None) -> tuple[int, str] | None:
+    """Meet the other nodes, start the ranks, stay until their end: None, or what failed first."""
     nodes = join(settings, ranks) if settings.nnodes > 1 else Alone(ranks)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastllm-launch-")))
@@ -94,16 +108,11 @@ def launch(settings: LaunchConfig, command: Sequence[str],
         # However this ends, no rank is left behind.
         stack.callback(_end_all, started)
         for local in range(ranks):
-            started.append(_Rank(local, nodes, [*program, *command], folder))
+            started.append(_Rank(local, nodes, command, folder, stderr))
         failure = _watch(started, signals, nodes)
-        if failure is None:
-            nodes.leave(None)
-            return 0
-        code, line = failure
-        if line:
-            nodes.leave((code, line))
-            print(line, file=sys.stderr)
-        return code
+        last = failure[1].splitlines()[-1:] if failure else []
+        nodes.leave((failure[0], last[0]) if failure and last else None)
+        return failure
 
 
 class _Rank:
@@ -111,7 +120,7 @@ class _Rank:
     their stderr kept, to be shown if they fail without a word of their own."""
 
     def __init__(self, local: int, nodes: Nodes | Alone, command: Sequence[str],
-                 folder: Path) -> None:
+                 folder: Path, stderr: int | None) -> None:
         self.number = nodes.base + local
         self.host = nodes.host
         self.words = folder / f"{self.number}.words"
@@ -142,7 +151,7 @@ class _Rank:
         self.process = subprocess.Popen(
             command, env=config.environment_with(variables), start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if self.number else None,
-            stderr=self.stderr, preexec_fn=_dies_with(os.getpid()))
+            stderr=self.stderr or stderr, preexec_fn=_dies_with(os.getpid()))
         self.debug = "--debug" in command
 
     def end(self, number: int) -> None:
@@ -152,14 +161,38 @@ class _Rank:
             self.process.send_signal(number)
 
     def explain(self) -> str:
-        """Its line; what it wrote to stderr is shown where it has none, or to debug."""
+        """Its line; after what it wrote to stderr where it has none, or to debug."""
         said, code = last_words.heard(self.words), self.process.returncode
+        lines = []
         if self.stderr and (said is None or self.debug) and code > 0:
             self.stderr.seek(0)
-            for line in self.stderr.read().decode(errors="replace").splitlines()[-40:]:
-                print(f"rank {self.number}: {line}", file=sys.stderr)
-        return said or (f"{last_words.PROGRAM}: the run failed: rank {self.number}"
-                        f"{f' on {self.host}' if self.host else ''} {ending(code)}")
+            written = self.stderr.read().decode(errors="replace").splitlines()[-STDERR_LINES:]
+            lines = [f"rank {self.number}: {line}" for line in written]
+        lines.append(said or f"{last_words.PROGRAM}: the run failed: rank {self.number}"
+                             f"{f' on {self.host}' if self.host else ''} {ending(code)}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def _quiet(on: bool) -> Iterator[int | None]:
+    """Within: nothing that this process writes to stderr is seen; yields a descriptor for ranks.
+
+    On several nodes torch's C++ logs hosts without a name, and a page of frames for each lost
+    connection; its log level was set when torch was imported.
+    """
+    if not on:
+        yield None
+        return
+    sys.stderr.flush()
+    seen = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield seen
+    finally:
+        os.dup2(seen, 2)
+        os.close(seen)
+        os.close(null)
 
 
 def _end_all(ranks: Sequence[_Rank]) -> None:

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 
-from fastllm import cli
+from fastllm import checkpoint, cli
 from fastllm.dist import launch as launching
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -155,3 +156,34 @@ def test_the_other_nodes_do_not_come(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.count("\n") == 1 and "did not all meet at 127.0.0.1:29511 within 2 s" in err
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("first", ["launch", "torchrun"])
+def test_a_run_is_stopped_and_goes_on_under_the_other_launcher(first, tmp_path):
+    """Ours ends a stopped run with 0, torch's with its own words; both save the same checkpoint."""
+    launchers = {
+        "launch": [sys.executable, "-m", "fastllm", "launch", "--nproc", "2"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                     "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "fastllm"]}
+    second = "torchrun" if first == "launch" else "launch"
+
+    def command(steps, *more):
+        return ["pretrain", *tiny.arguments(tmp_path, **{
+            "train.steps": steps, "train.grad_accum": 1, "checkpoint.every": 1000,
+            "eval.every": 0}), *more]
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = subprocess.Popen([*launchers[first], *command(400)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    wait_for(metrics)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    if first == "launch":
+        assert process.returncode == 0 and "stopped by SIGTERM" in out, (out, err)
+    stopped = checkpoint.newest(tmp_path / "run" / "checkpoints").step
+    assert 0 < stopped < 400
+    done = subprocess.run([*launchers[second], *command(stopped + 3, "--resume")],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == stopped + 3
