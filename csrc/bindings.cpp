@@ -18,6 +18,16 @@ Group group_of(const py::object& group) {
   return Group::unsafe_reclaim_from_nonowning(group.cast<c10d::ProcessGroup*>());
 }
 
+// An engine may hold the last reference to a process group, whose destructor waits for threads that
+// may themselves wait for the GIL.
+struct WithoutGil {
+  void operator()(Engine* engine) const {
+    const py::gil_scoped_release release;
+    delete engine;
+  }
+};
+using Owner = std::unique_ptr<Engine, WithoutGil>;
+
 // A Python callable as a listener; an empty text comes as None.
 Listener listener(py::object callable) {
   if (callable.is_none()) return nullptr;
@@ -36,16 +46,15 @@ Listener listener(py::object callable) {
   };
 }
 
-std::unique_ptr<Engine> make_engine(int64_t rank, int64_t world, const py::object& gather,
-                                    const py::object& reduce, const py::object& options,
-                                    py::object watch) {
+Owner make_engine(int64_t rank, int64_t world, const py::object& gather,
+                  const py::object& reduce, const py::object& options, py::object watch) {
   EngineOptions chosen;
   chosen.wire = options.attr("wire").cast<std::string>();
   chosen.scale = options.attr("scale").cast<double>();
   chosen.native = options.attr("native").cast<bool>();
   chosen.release = options.attr("release").cast<bool>();
   chosen.in_flight = options.attr("in_flight").cast<int64_t>();
-  auto engine = std::make_unique<Engine>(group_of(gather), group_of(reduce), rank, world, chosen);
+  Owner engine(new Engine(group_of(gather), group_of(reduce), rank, world, chosen));
   engine->watch = listener(std::move(watch));
   return engine;
 }
@@ -60,7 +69,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("shard", &Layout::shard)
       .def_readonly("world", &Layout::world)
       .def_property_readonly("padded", &Layout::padded);
-  py::class_<Engine>(m, "Engine", "See fastllm.dist.python_engine.PythonEngine")
+  py::class_<Engine, Owner>(m, "Engine", "See fastllm.dist.python_engine.PythonEngine")
       .def(py::init(&make_engine), py::arg("rank"), py::arg("world"), py::arg("gather_group"),
            py::arg("reduce_group"), py::arg("options"), py::arg("watch") = py::none())
       .def_property_readonly_static("kind", [](const py::object&) { return "cpp"; })
