@@ -78,7 +78,7 @@ class Watchdog:
         self.rank, self.size, self.timeout = world.rank, world.size, timeout
         self.step: int | None = None
         self._sequence = 0
-        self._what = "the start"
+        self._what, self._patient = "the start", False
         self._since: float | None = None
         self._beat_every = min(BEAT, timeout / 10)
         self._silent = SILENT * self._beat_every
@@ -102,10 +102,14 @@ class Watchdog:
         for work in (self._talk, self._guard):
             threading.Thread(target=work, daemon=True, name=f"watchdog{work.__name__}").start()
 
-    def enter(self, what: str) -> None:
-        """The main thread is about to wait for others. what: as in "all-gather of layers.2"."""
+    def enter(self, what: str, *, patient: bool = False) -> None:
+        """The main thread is about to wait for others.
+
+        what: as in "all-gather of layers.2". patient: the wait may last as long as every rank gives
+        signs of life; it ends the job where one has been silent for the timeout.
+        """
         self._sequence += 1
-        self._what = what
+        self._what, self._patient = what, patient
         self._since = time.monotonic()
 
     def leave(self) -> None:
@@ -120,9 +124,9 @@ class Watchdog:
             self.enter(what)
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Within: a wait for other ranks. A lost connection becomes RunError, as in `blame`."""
-        self.enter(what)
+    def waiting(self, what: str, *, patient: bool = False) -> Iterator[None]:
+        """Within: a wait, as in `enter`. A lost connection becomes RunError, as in `blame`."""
+        self.enter(what, patient=patient)
         try:
             yield
         except RuntimeError as error:
@@ -169,6 +173,7 @@ class Watchdog:
     # The thread that speaks with the store.
 
     def _talk(self) -> None:
+        """Every beat: say how far this rank is, and hear the last words and, if asked, the rest."""
         try:
             while not self._closed.wait(self._beat_every):
                 self._say()
@@ -216,8 +221,13 @@ class Watchdog:
             waited = 0.0 if since is None else now - since
             # A rank is silent that says nothing new from here to the timeout.
             self._look = waited > self.timeout - 1.5 * self._silent
-            if waited > self.timeout:
+            if waited > self.timeout and not (self._patient and self._signs_of_life(now)):
                 self._end(self._agree(self._explain()))
+
+    def _signs_of_life(self, now: float) -> bool:
+        """Whether store and ranks have all said something within the timeout."""
+        last = [since for _, since in self._heard.copy().values()]
+        return not self._gone and now - min([self._answered, *last]) < self.timeout
 
     def _explain(self) -> str:
         """Who the wait is for."""
@@ -308,6 +318,15 @@ class Watchdog:
     def _end(self, words: str) -> None:
         last_words.say(f"the run failed: {words}", stuck=True)
         os._exit(1)
+
+
+class _Single(NamedTuple):
+    rank: int = 0
+    size: int = 1
+
+
+IDLE = Watchdog(_Single(), None, float("inf"))
+"""Of a world of one."""
 
 
 def lost(error: Exception) -> bool:

@@ -187,3 +187,28 @@ def test_a_run_is_stopped_and_goes_on_under_the_other_launcher(first, tmp_path):
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == stopped + 3
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_of_a_training_run_hangs_or_is_killed(number, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastllm", "launch", "--nproc", "2", "pretrain",
+         *tiny.arguments(tmp_path, **{"train.steps": 100_000, "checkpoint.every": 100_000,
+                                      "eval.every": 0, "dist.zero": 2, "dist.timeout": 5})],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    victim = next(int(pid) for pid in ranks
+                  if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    os.kill(victim, number)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    # A stopped rank can only be killed, after the others have ended and a little grace.
+    assert time.monotonic() - start < 5 + 2 + launching.GRACE + 1
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    if number == signal.SIGKILL:
+        assert "rank 1 was killed by SIGKILL" in err
+    else:
+        assert "rank 1 did not come" in err and " of step " in err, err
+    assert gone(victim)

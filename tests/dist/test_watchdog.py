@@ -116,3 +116,21 @@ def test_a_rank_in_an_endless_loop(victim, job):
 def test_a_rank_that_fails_alone_is_quoted(job):
     for line in ends(job("fail", "1", "50"), 1, 10):
         assert line == "fastllm-train: the run failed: rank 1: out of luck\n"
+
+
+@pytest.mark.battery
+def test_patience_for_a_rank_that_lives(job):
+    for process in job("sleep", "1", "5", steps=10):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+
+
+@pytest.mark.battery
+@pytest.mark.parametrize("victim", [0, 1])
+def test_no_patience_for_a_silent_rank(victim, job, tmp_path):
+    processes = job("sleep", str(victim), "5")
+    while not (tmp_path / "asleep").exists():
+        time.sleep(0.02)
+    processes[victim].send_signal(signal.SIGSTOP)
+    for line in ends(processes, victim, TIMEOUT + 2):
+        assert f"rank {victim} did not come through all-gather of the second part" in line

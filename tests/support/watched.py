@@ -1,5 +1,6 @@
 """A rank of tests/dist/test_watchdog.py and test_two_hosts.py: steps of two all-gathers each, the
-environment of torchrun. `watched.py FOLDER TIMEOUT STEPS [loop RANK STEP | fail RANK STEP]`."""
+environment of torchrun. `watched.py FOLDER TIMEOUT STEPS [WHAT RANK STEP]`, with WHAT what that
+rank does there before the second one: loop, fail, or sleep, which the others wait for patiently."""
 
 import os
 import sys
@@ -31,8 +32,12 @@ try:
                 if name == "second" and (rank, step) == (who, when):
                     while what == "loop":
                         pass
-                    raise ValueError("out of luck")
-                with watch.waiting(f"all-gather of the {name} part"):
+                    if what == "fail":
+                        raise ValueError("out of luck")
+                    (folder / "asleep").touch()
+                    time.sleep(timeout + 3)
+                patient = what == "sleep" and step == when
+                with watch.waiting(f"all-gather of the {name} part", patient=patient):
                     all_gather(full, part, world.host)
             if step == 3:
                 (folder / f"{rank}.pid").write_text(str(os.getpid()))
