@@ -164,6 +164,8 @@ class Zero:
         params = list(group.params.values())
         number = self._engine.add(label, params, group.trainable)
         owned = runs(self._engine.layout(number), [self.world.rank])
+        if self.world.first:  # a parameter without elements is the first rank's
+            owned += [Run(i, 0, 0, 0) for i, param in enumerate(params) if not param.numel()]
         self._buckets.append(_Bucket(number, names, params, owned, group.trainable))
         if group.unit is not None:
             (group.unit.trainable if group.trainable else group.unit.frozen).append(number)

@@ -5,6 +5,7 @@ and later with how it ended. The classes are for the tests.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
@@ -71,6 +72,7 @@ def run(order: dict) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(order["env"])
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     code = 1
     try:
         import torch
@@ -162,19 +164,23 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 self.kill(rank, number)
 
-    def codes(self, timeout: float = 120.0) -> list[int | None]:
-        """Every rank's exit code; what has not ended by the timeout is killed, and None."""
+    def codes(self, timeout: float = 40.0) -> list[int | None]:
+        """Every rank's exit code; what has not ended by the timeout says where it is, is killed, and
+        gives None."""
         end = time.monotonic() + timeout
         found = [self.forge.wait(pid, max(end - time.monotonic(), 0.01)) for pid in self.pids]
         if None in found:
+            self.kill_all(signal.SIGUSR1)
+            time.sleep(0.5)
             self.kill_all()
         return found
 
     def text(self, rank: int = 0) -> str:
         """What a rank printed."""
-        return self.logs[rank].read_text(encoding="utf-8", errors="replace")
+        log = self.logs[rank]
+        return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
-    def values(self, timeout: float = 120.0) -> list:
+    def values(self, timeout: float = 40.0) -> list:
         """What the ranks' functions returned; all must have."""
         import torch
 

@@ -146,7 +146,7 @@ def peers(kind, arguments):
 
     with mesh.world("cpu", timeout=60) as world:
         torch.manual_seed(0)
-        settings = config.build(run.RunConfig, config.from_arguments(arguments))
+        settings = config.build(run.RunConfig, run.complete(config.from_arguments(arguments)))
         settings.model.dropout = 0.0
         prepared = run.prepare_data(settings.data, settings.tokenizer,
                                     vocab_size=settings.model.vocab_size)
