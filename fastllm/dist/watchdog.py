@@ -195,11 +195,14 @@ class Watchdog:
 
     def _listen(self) -> None:
         """Note what every other rank said last, and since when it says no more."""
-        for rank in range(self.size):
-            if rank == self.rank:
-                continue
-            known = self._store.check([str(rank)])
-            report = Report(*json.loads(self._store.get(str(rank)))) if known else None
+        ranks = [rank for rank in range(self.size) if rank != self.rank]
+        keys = [str(rank) for rank in ranks]
+        if self._store.check(keys):
+            said = self._store.multi_get(keys)  # one request, however many ranks
+        else:  # to ask for what is not there would wait for it
+            said = [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+        for rank, text in zip(ranks, said, strict=True):
+            report = Report(*json.loads(text)) if text else None
             before = self._heard.get(rank)
             if before is None or before[0] != report:
                 self._heard[rank] = report, time.monotonic()
