@@ -30,7 +30,7 @@ from fastllm.dist.mesh import ALONE, World
 from fastllm.evaluate import EvalConfig, evaluate, xz_bits_per_byte
 from fastllm.export import export, export_checkpoint
 from fastllm.generate import GenerateConfig, generate_text
-from fastllm.model import Decoder, ModelConfig, flops_per_token, num_parameters
+from fastllm.model import Decoder, ModelConfig, filler, flops_per_token, num_parameters
 from fastllm.monitor import Monitor, dtype_name, environment, peak_flops, pick_dtype
 from fastllm.objectives import pretrain as objective
 from fastllm.objectives.pretrain import PretrainConfig
@@ -195,8 +195,12 @@ class _Run:
         if train.compile and dist.zero == 3 and world.size > 1:
             raise UserError("train.compile does not go with dist.zero 3, whose parameters come and "
                             "go: use dist.zero 2")
-        model = Decoder(settings.model, generator=torch.Generator().manual_seed(train.seed))
-        self.model = model.to(device=device, dtype=dtype)
+        drawn = torch.Generator().manual_seed(train.seed)
+        # In stage 3 no rank ever holds the whole model: its parameters are made block by block.
+        apart = dist.zero == 3 and world.size > 1
+        with torch.device("meta" if apart else "cpu"):
+            model = Decoder(settings.model, generator=drawn)
+        self.model = model.to(dtype) if apart else model.to(device=device, dtype=dtype)
         seed_generators(train.seed, world)
         self.loader = Loader(prepared, batch_size=train.batch_size, seq_len=train.seq_len,
                              seed=train.seed, num_workers=settings.data.num_workers,
@@ -220,7 +224,8 @@ class _Run:
             self.zero = zero.shard(
                 self.model, stage=dist.zero, mesh=world, wire_dtype=dist.wire_dtype, average=False,
                 bucket_mb=dist.bucket_mb, offload=dist.offload, prefetch=dist.prefetch,
-                check=dist.check, backend=dist.engine)
+                check=dist.check, backend=dist.engine, device=device,
+                fill_parameter=filler(self.model, drawn) if apart else None)
             optimizer = self.zero.inner_optimizer(settings.optim, seed=train.seed)
         else:
             optimizer = make_optimizer(self.model.named_parameters(), settings.optim,

@@ -146,6 +146,7 @@ class Trainer:
         Raises RunError after MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
         """
         start = time.perf_counter()
+        self.world.watch.step = self.progress.step + 1
         batches = [next(self._batches) for _ in range(self.train.grad_accum)]
         tokens = self.world.sum(sum(batch.num_tokens for batch in batches))
         scale = self.scaler.scale if self.scaler else 1.0
@@ -165,7 +166,9 @@ class Trainer:
         self.gradients.publish()
         self.gradients.zero()
         # The one time that the host waits.
+        self.world.watch("the end of the step")
         loss_value, stop, norm_value = torch.cat([settled.totals, norm.double()[None]]).tolist()
+        self.world.watch(None)
         settled.check()
         finite = math.isfinite(norm_value)
         self._count(tokens, finite)

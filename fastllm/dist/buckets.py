@@ -1,6 +1,6 @@
 """Which parameters share a bucket, and that every rank has the same ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,31 @@ def _by_kind(params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for name, param in params.items():
         kinds.setdefault((param.dtype, param.device, param.requires_grad), {})[name] = param
     return list(kinds.values())
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, group: Group, fill_parameter: Callable[[str, Tensor], None],
+                device: torch.device) -> None:
+    """Give a group's parameters on the meta device memory, and the values of `fill_parameter`."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, held in module.named_parameters(recurse=False):
+            owners.setdefault(id(held), []).append((module, leaf))
+    for name, param in list(group.params.items()):
+        made = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device),
+                            requires_grad=param.requires_grad)
+        for module, leaf in owners[id(param)]:
+            module.register_parameter(leaf, made)
+        group.params[name] = made
+        fill_parameter(name, made)
+
+
+def materialize_buffers(model: nn.Module, device: torch.device) -> None:
+    """Modules that hold nothing but buffers, such as tables, make them on the device."""
+    for module in model.modules():
+        buffers = list(module.buffers(recurse=False))
+        if buffers and all(buffer.is_meta for buffer in buffers):
+            module.to_empty(device=device, recurse=False)
 
 
 def same_models(model: nn.Module, world: World) -> None:

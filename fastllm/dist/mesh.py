@@ -7,7 +7,7 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. A process started alone is a w
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from fastllm.config import RunError, UserError, environment
+from fastllm.dist.watchdog import IDLE, Watchdog
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 FOREVER = timedelta(days=30)
@@ -42,6 +43,7 @@ class World:
     local_rank: int = 0
     group: Any = None
     host: Any = None
+    watch: Watchdog = IDLE
 
     @property
     def first(self) -> bool:
@@ -57,7 +59,8 @@ class World:
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[:text.numel()] = text
         everyone = torch.empty(self.size * max(lengths), dtype=torch.uint8)
-        all_gather(everyone, padded, self.host)
+        with self.watch.waiting("an exchange of words"):
+            all_gather(everyone, padded, self.host)
         rows = everyone.view(self.size, -1)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, lengths, strict=True)]
 
@@ -67,7 +70,8 @@ class World:
         if self.size == 1:
             return mine[None]
         everyone = torch.empty(self.size * len(values), dtype=torch.float64)
-        all_gather(everyone, mine, self.host)
+        with self.watch.waiting("an exchange of numbers"):
+            all_gather(everyone, mine, self.host)
         return everyone.view(self.size, -1)
 
     def sum(self, value: int) -> int:
@@ -88,7 +92,10 @@ class World:
             work()
             return
         store = distributed_c10d._get_default_store()
+        what = f"what the first rank does alone ({key})"
         if self.first:
+            with self.watch.waiting(what):
+                pass  # so that all ranks count the same waits
             said = ""
             try:
                 work()
@@ -98,7 +105,8 @@ class World:
             finally:
                 store.set(f"fastllm/alone/{key}", said)
             return
-        store.wait([f"fastllm/alone/{key}"], FOREVER)
+        with self.watch.waiting(what, patient=True):
+            store.wait([f"fastllm/alone/{key}"], FOREVER)
         said = store.get(f"fastllm/alone/{key}").decode()
         if said:
             user, text = json.loads(said)
@@ -158,10 +166,13 @@ def world(device_type: str, *, timeout: float = 600.0) -> Iterator[World]:
                             f"{torch.cuda.device_count()}; start that many ranks")
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    # The watchdog speaks first, and names who is missing.
+    dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout + 60))
     group = dist.group.WORLD
     try:
-        yield World(rank, size, local, group, group)
+        me = World(rank, size, local, group, group)
+        with Watchdog(me, distributed_c10d._get_default_store(), timeout) as watch:
+            yield replace(me, watch=watch)
     finally:
         dist.destroy_process_group()
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 from fastllm.config import RunError, UserError
 from fastllm.dist import collectives, mesh
-from fastllm.dist.buckets import Group, broadcast, group_parameters, same_models
+from fastllm.dist.buckets import (
+    Group,
+    broadcast,
+    group_parameters,
+    materialize,
+    materialize_buffers,
+    same_models,
+)
 from fastllm.dist.mesh import World
 from fastllm.dist.partition import Run, runs
 from fastllm.dist.python_engine import IN_FLIGHT, Options
@@ -74,6 +81,7 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
           check: bool = False,
           backend: Literal["auto", "cpp", "python"] = "auto",
           fill_parameter: Callable[[str, Tensor], None] | None = None,
+          device: torch.device | None = None,
           watch: Callable[[str | None], None] | None = None) -> "Zero":
     """Shard a model over ranks, in place; call it on every rank, with the same model.
 
@@ -95,10 +103,11 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
             bits.
         check: compare the name of every collective over ranks before it starts (slow, to debug).
         backend: the engine; "auto" is C++ where the extension was built.
-        fill_parameter: (name, tensor) -> None fills a whole parameter; for a model on the meta
-            device, whose parameters are then made one at a time, each cut at once. Else rank 0's
-            weights go to all ranks.
-        watch: hears what a wait is for, and None when it is over.
+        fill_parameter: (name, tensor) -> None fills a whole parameter, on every rank alike; for a
+            model on the meta device, whose buckets are then made one at a time on `device` (the
+            CPU), each cut at once. Else rank 0's weights go to all ranks.
+        watch: hears what a wait is for, and None when it is over; by default the watchdog of
+            `mesh.world`, if the ranks were made there.
 
     Raises:
         UserError: ranks whose models differ, an impossible option, dtypes other than fp32, bf16,
@@ -113,7 +122,7 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
         raise UserError("zero: offload needs stage 1 or more: stage 0 has no shards")
     return Zero(model, stage, _world(mesh), average=average, wire=wire_dtype, bucket_mb=bucket_mb,
                 offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check, backend=backend,
-                fill_parameter=fill_parameter, watch=watch)
+                fill_parameter=fill_parameter, device=device, watch=watch)
 
 
 def _world(group: Any) -> World:
@@ -127,10 +136,10 @@ class Zero:
     def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
                  bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
                  overlap: bool, check: bool, backend: str,
-                 fill_parameter: Callable[[str, Tensor], None] | None,
+                 fill_parameter: Callable[[str, Tensor], None] | None, device: torch.device | None,
                  watch: Callable[[str | None], None] | None) -> None:
         self.model, self.stage, self.world, self.offload = model, stage, world, offload
-        self.watch = watch or (lambda what: None)
+        self.watch: Callable[[str | None], None] = watch or world.watch
         same_models(model, world)
         if fill_parameter is None:
             broadcast(model, world)
@@ -142,7 +151,11 @@ class Zero:
         if check:
             self._engine.check = self._same_collective
         self._buckets: list[_Bucket] = []
+        if fill_parameter is not None:
+            materialize_buffers(model, device or torch.device("cpu"))
         for group in groups:
+            if fill_parameter is not None:
+                materialize(model, group, fill_parameter, device or torch.device("cpu"))
             self._add(group)
         self._schedule = Schedule(self._engine, found, prefetch=prefetch) if stage == 3 else None
         self._trainable = [bucket for bucket in self._buckets if bucket.trainable]

@@ -9,7 +9,7 @@ from fastllm.model.config import (
     num_parameters,
 )
 from fastllm.model.decoder import Decoder
-from fastllm.model.init import init_weights
+from fastllm.model.init import filler, init_weights
 
-__all__ = ["Decoder", "KVCache", "ModelConfig", "RopeScaling", "flops_per_token", "init_weights",
-           "matmul_parameters", "num_parameters"]
+__all__ = ["Decoder", "KVCache", "ModelConfig", "RopeScaling", "filler", "flops_per_token",
+           "init_weights", "matmul_parameters", "num_parameters"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastllm.config import UserError
 from fastllm.model.config import ModelConfig
-from fastllm.model.layers import named_parts
+from fastllm.model.layers import parts_of
 
 
 def normal(config: ModelConfig, fan_in: int, fan_out: int) -> float:
@@ -57,15 +57,33 @@ def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> 
     Args:
         generator: a CPU generator, of which one number is drawn; None means torch's own.
     """
+    fill = filler(model, generator)
+    for name, parameter in model.named_parameters():
+        fill(name, parameter)
+
+
+def filler(model: nn.Module, generator: torch.Generator | None = None
+           ) -> Callable[[str, Tensor], None]:
+    """(name, tensor) -> None that gives one parameter of a `Decoder` its first weights.
+
+    They are those of `init_weights`, so that parameters can be made one at a time and `model` may
+    be on the meta device.
+    """
     config: ModelConfig = model.config  # type: ignore[assignment]
     base = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-    for name, tensor in named_parts(model):
-        if name.endswith(".bias"):
-            tensor.zero_()
-        elif tensor.dim() == 1:
-            tensor.fill_(1.0)
-        else:
-            _fill_normal(tensor, parameter_std(config, name, tensor.shape), f"{base}/{name}")
+
+    @torch.no_grad()
+    def fill(name: str, tensor: Tensor) -> None:
+        module = model.get_submodule(name.rpartition(".")[0])
+        for part, piece in parts_of(module, name, tensor.detach()):
+            if part.endswith(".bias"):
+                piece.zero_()
+            elif piece.dim() == 1:
+                piece.fill_(1.0)
+            else:
+                _fill_normal(piece, parameter_std(config, part, piece.shape), f"{base}/{part}")
+
+    return fill
 
 
 def _fill_normal(tensor: Tensor, std: float, key: str) -> None:

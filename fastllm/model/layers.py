@@ -130,12 +130,17 @@ def named_parts(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Hugging Face's names without the prefix "model.". The views carry no gradient history.
     """
     for path, child in module.named_modules():
-        parts = getattr(child, "parts", None)
         for name, parameter in child.named_parameters(path, recurse=False):
-            if parts is None:
-                yield name, parameter.detach()
-                continue
-            base, leaf = path.rpartition(".")[0], name.rpartition(".")[2]
-            pieces = parameter.detach().split(list(parts.values()))
-            for part, piece in zip(parts, pieces, strict=True):
-                yield ".".join(filter(None, (base, part, leaf))), piece
+            yield from parts_of(child, name, parameter.detach())
+
+
+def parts_of(module: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter of `module`, of this full name, or views of its parts under their own names."""
+    parts = getattr(module, "parts", None)
+    if parts is None:
+        yield name, tensor
+        return
+    path, _, leaf = name.rpartition(".")
+    base = path.rpartition(".")[0]
+    for part, piece in zip(parts, tensor.split(list(parts.values())), strict=True):
+        yield ".".join(filter(None, (base, part, leaf))), piece

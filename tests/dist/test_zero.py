@@ -163,3 +163,28 @@ def test_another_order_of_blocks_is_named(ranks):
         assert kind == "RunError"
         assert "the forward came to layers.2 where the first one came to layers.1" in text
     assert ranks(2, f"{RUNS}:another_forward", False) == [("no error", True)] * 2
+
+
+@pytest.mark.parametrize(("checkpointing", "patched"), [(False, False), (True, False),
+                                                        (True, True)])
+def test_a_transformers_model_in_an_own_loop(ranks, checkpointing, patched):
+    """Stage 3, its blocks computed a second time in the backward, a torch scheduler: as one rank,
+    whose batch is both ranks'."""
+    one = ranks(1, "transformers_runs:transformers_steps", 0, False, False)[0]
+    two = ranks(2, "transformers_runs:transformers_steps", 3, checkpointing, patched)
+    assert two[0][0] == pytest.approx(one[0], rel=1e-5)
+    assert two[0][2] == one[2] == [pytest.approx(0.5e-2)] * 2
+    assert all((two[0][1][name] - w).abs().max() <= 1e-5 for name, w in one[1].items())
+
+
+def test_stage_3_holds_two_blocks_at_most(ranks):
+    for rest, most, after, total, nan in ranks(2, f"{RUNS}:memory_of_stage_3"):
+        assert rest == 0 and after == 0
+        assert 0 < most < 0.6 * total  # the root, a block, and the next one: of six
+        assert nan  # what is released reads as NaN, not as what was there
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_overflow_on_one_rank_is_every_ranks(ranks, stage):
+    for scale, same, changed in ranks(2, f"{RUNS}:fp16_overflow", stage):
+        assert scale == 2.0**9 and same and changed

@@ -6,6 +6,7 @@ and later with how it ended. The classes are for the tests.
 
 import contextlib
 import faulthandler
+import importlib
 import json
 import os
 import queue
@@ -42,11 +43,14 @@ def serve() -> None:
                 return
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
+                order = json.loads(line)
+                if order["call"]:  # once here, not in every child
+                    importlib.import_module(order["call"].split(":")[0])
                 child = os.fork()
                 if child == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    os._exit(run(json.loads(line)))
+                    os._exit(run(order))
                 say({"pid": child})
 
 
@@ -83,8 +87,6 @@ def run(order: dict) -> int:
 
             code = main(order["args"])
         else:
-            import importlib
-
             module, name = order["call"].split(":")
             value = getattr(importlib.import_module(module), name)(*order["args"])
             torch.save(value, order["log"] + ".value")
@@ -165,8 +167,8 @@ class Job:
                 self.kill(rank, number)
 
     def codes(self, timeout: float = 40.0) -> list[int | None]:
-        """Every rank's exit code; what has not ended by the timeout says where it is, is killed, and
-        gives None."""
+        """Every rank's exit code. What has not ended by the timeout is None: it says in its log
+        where it is, and is killed."""
         end = time.monotonic() + timeout
         found = [self.forge.wait(pid, max(end - time.monotonic(), 0.01)) for pid in self.pids]
         if None in found:

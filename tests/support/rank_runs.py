@@ -195,3 +195,36 @@ def tiny_arguments(folder, **changes):
     """`tiny.arguments` without evaluation and samples, in fp32."""
     return tiny.arguments(folder, **{"eval.every": 0, "eval.new_tokens": 0, "train.dtype": "fp32",
                                      "data.num_workers": 0, **changes})
+
+
+def under_a_limit(megabytes, stage):
+    """Three losses of a 50M-parameter model (800 MB of weights, gradients and states) in a process
+    that may take so many MB more than it has after it has started."""
+    import resource
+
+    from fastllm.model import Decoder, ModelConfig, filler
+
+    with mesh.world("cpu", timeout=60) as world:
+        with open("/proc/self/status", encoding="ascii") as file:
+            data = next(int(line.split()[1]) for line in file if line.startswith("VmData"))
+        limit = data * 1024 + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        shape = ModelConfig(vocab_size=64, hidden_size=448, intermediate_size=1200,
+                            num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+                            max_position_embeddings=32)
+        drawn = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            model = Decoder(shape)
+        engine = zero.shard(model, stage=stage, fill_parameter=filler(model, drawn))
+        optimizer = engine.optimizer("adamw", lr=3e-3)
+        losses = []
+        ids = torch.randint(64, (4, 17), generator=drawn)
+        mine = ids[world.rank::world.size]
+        for _ in range(3):
+            hidden = model(mine[:, :-1])
+            loss = torch.nn.functional.cross_entropy(
+                model.logits(hidden).flatten(0, 1).float(), mine[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        return losses, sum(p.numel() for p in model.parameters())

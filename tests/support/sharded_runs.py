@@ -249,3 +249,49 @@ def another_forward(prefetch):
 
 def environment_names():
     return {key: os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def memory_of_stage_3():
+    """Bytes of whole parameters alive: at rest, in a forward, and after the backward."""
+    with mesh.world("cpu", timeout=60):
+        model = make(layers=6)
+        engine = zero.shard(model, stage=3)
+        held = lambda: sum(engine._engine.full(bucket.number).untyped_storage().nbytes()  # noqa: E731
+                           for bucket in engine._buckets)
+        seen = []
+        for layer in model.layers:
+            layer.register_forward_hook(lambda *_: seen.append(held()))
+        ids, labels = batches(0, 4, "even")
+        rest = held()
+        for _ in range(2):  # the first forward learns the order and gathers nothing ahead
+            seen.clear()
+            loss = loss_of(model, ids, labels)
+            loss.backward()
+            engine.collect()
+        engine.settle()
+        total = sum(p.numel() * 4 for p in model.parameters())
+        nan = all(bool(p.isnan().all()) for layer in model.layers for p in layer.parameters())
+        return rest, max(seen), held(), total, nan
+
+
+def fp16_overflow(stage):
+    """One rank's gradient overflows: (scale before, after, whether any weight changed)."""
+    from fastllm.optim import LossScaler
+
+    with mesh.world("cpu", timeout=60) as world:
+        model = make(torch.float16)
+        engine = zero.shard(model, stage=stage)
+        optimizer = engine.optimizer("adamw", lr=1e-2, loss_scale=LossScaler(scale=2.0**10))
+        before = [piece.tensor.clone() for piece in engine.pieces()]
+        ids, labels = batches(0, 4, "even")
+        loss = loss_of(model, ids, labels).float()
+        optimizer.scale(loss * (float("inf") if world.rank == 1 else 1.0)).backward()
+        optimizer.step()
+        same = all(torch.equal(piece.tensor, old)
+                   for piece, old in zip(engine.pieces(), before, strict=True))
+        first = optimizer.loss_scale.scale
+        optimizer.scale(loss_of(model, ids, labels).float() / 64).backward()
+        optimizer.step()
+        changed = any(not torch.equal(piece.tensor, old)
+                      for piece, old in zip(engine.pieces(), before, strict=True))
+        return first, same, changed or not before
