@@ -213,10 +213,10 @@ def test_our_model_under_every_wrapper(ranks, tmp_path, kind):
 @pytest.mark.battery
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts memory in /proc")
 def test_four_ranks_train_what_one_cannot_hold(job):
-    """Weights, gradients and states of 16 bytes an element: 800 MB, where a process may take 640."""
-    one = job(1, f"{RUNS}:under_a_limit", 640, 3)
+    """Weights, gradients and states of 16 bytes an element: 800 MB and more, where a process may take 800."""
+    one = job(1, f"{RUNS}:under_a_limit", 800, 3)
     assert one.codes(60) == [1]
     assert "emory" in one.text()  # MemoryError, or torch's "can't allocate memory"
-    for losses, numel in job(4, f"{RUNS}:under_a_limit", 640, 3).values(90):
+    for losses, numel in job(4, f"{RUNS}:under_a_limit", 800, 3).values(90):
         assert 16 * numel > 760e6
         assert losses[-1] < losses[0]
