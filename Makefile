@@ -7,17 +7,21 @@ PIP    := $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt
 # Tests share two cores between processes: one thread each, or they would fight over them.
 TEST   := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test battery lint type traffic audit bench gpu clean
+.PHONY: demo test battery sanitize lint type traffic audit bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/fastllm-train demo
 
 test: $(STAMP)
-	$(TEST) -m "not battery"
+	$(TEST) -m "not battery and not sanitize"
 
 # Long fault and fuzz runs: kill -9 and resume, damaged checkpoints, hostile data.
 battery: $(STAMP)
 	$(TEST) -m battery
+
+# The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: builds all of it again, 5 minutes.
+sanitize: $(STAMP)
+	$(BIN)/pytest -m sanitize
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

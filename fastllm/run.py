@@ -43,8 +43,9 @@ from fastllm.optim import (
     param_groups,
 )
 from fastllm.plan import make_plan
+from fastllm.process import seed_generators
 from fastllm.report import write_report
-from fastllm.trainer import TrainConfig, Trainer, seed_generators
+from fastllm.trainer import TrainConfig, Trainer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Fields of the model that may change between an interruption and a resume: weights fit either way.

@@ -6,12 +6,9 @@ norm) a step, after the update was queued. A non-finite norm leaves weights and 
 untouched, on every rank.
 """
 
-import hashlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +29,7 @@ from fastllm.model import Decoder
 from fastllm.monitor import Monitor
 from fastllm.optim import GradAccumulator, LossScaler, Optimizer, ScheduleConfig, lr_at
 from fastllm.pieces import Piece
+from fastllm.process import rng_state, seed_generators, set_rng_state, stop_signals
 
 # A run that skips this many steps in a row will not recover by itself.
 MAX_SKIPPED_IN_A_ROW = 25
@@ -289,35 +287,6 @@ class Trainer:
             getattr(callback, event)(*arguments)
 
 
-def seed_generators(seed: int, world: World, step: int = 0) -> None:
-    """Seed torch's generators for this rank; the first rank's begin as those of a run alone."""
-    number = seed
-    if world.rank or step:
-        text = f"{seed}/{step}/{world.rank}/{world.size}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "little") >> 1
-    torch.manual_seed(number)
-
-
-def rng_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
-    """The state of torch's generators that a step of this rank may draw from, each by a name that
-    no other rank's has; the first rank's are those of a run without others."""
-    suffix = f".{rank}" if rank else ""
-    state = {f"cpu{suffix}": torch.get_rng_state()}
-    if device.type == "cuda":
-        state[f"cuda{suffix}"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Undo of `rng_state`."""
-    for name, tensor in state.items():
-        if name.startswith("cuda"):
-            torch.cuda.set_rng_state(tensor, device)
-        else:
-            torch.set_rng_state(tensor)
-
-
 def _same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
     """Refuse to resume with another model or other data, naming the first key that differs."""
     for section in ours:
@@ -331,25 +300,3 @@ def _same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
             detail = f"{section} is {mine} here and {saved} in the checkpoint"
         raise UserError(f"cannot resume {path} with another {section}: {detail}; give the run's "
                         "own settings, or another --out")
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], str | None]]:
-    """Within: SIGTERM and SIGINT ask to stop after the step; the second one ends the process.
-
-    Yields a function that returns the name of the signal received, or None.
-    """
-    received: list[str] = []
-
-    def ask(number: int, _: Any) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

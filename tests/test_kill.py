@@ -1,8 +1,6 @@
 """kill -9 at random moments, then --resume: the end is bitwise that of a run left alone."""
 
 import random
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,8 +11,8 @@ from fastllm import checkpoint
 STEPS, KILLS = 150, 20
 
 
-def command(folder, *more):
-    return [sys.executable, "-m", "fastllm", "pretrain", *tiny.arguments(folder, **{
+def arguments(folder, *more):
+    return ["pretrain", *tiny.arguments(folder, **{
         "train.steps": STEPS, "checkpoint.every": 10, "eval.every": 50}), *more]
 
 
@@ -25,11 +23,11 @@ def final_hash(folder):
 
 
 @pytest.mark.battery
-def test_twenty_kills(tmp_path):
+def test_twenty_kills(job, tmp_path):
     """Each trial is killed once, at a moment drawn over the process's life, then resumed."""
     (tmp_path / "alone").mkdir()
     start = time.monotonic()
-    subprocess.run(command(tmp_path / "alone"), check=True, capture_output=True)
+    assert job(1, None, *arguments(tmp_path / "alone")).codes(120) == [0]
     life = time.monotonic() - start
     expected = final_hash(tmp_path / "alone")
     draw = random.Random(2)
@@ -38,19 +36,15 @@ def test_twenty_kills(tmp_path):
         folder = tmp_path / str(trial)
         folder.mkdir()
         # Half of the kills fall evenly over the process's life, half into its training part.
-        moment = draw.uniform(0.2, life) if trial % 2 else draw.uniform(0.6 * life, life)
-        process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        moment = draw.uniform(0.05, life) if trial % 2 else draw.uniform(0.4 * life, life)
+        first = job(1, None, *arguments(folder))
+        time.sleep(moment)
+        first.kill_all()
+        assert first.codes() in ([-9], [0])  # 0: it was faster than the one left alone
         saved = [path.name for path in checkpoint.steps(folder / "run" / "checkpoints")]
         killed_at.append(saved[-1] if saved else "before the first checkpoint")
-        done = subprocess.run(command(folder, "--resume"), capture_output=True, text=True,
-                              check=False)
-        assert done.returncode == 0, (done.stdout, done.stderr)
+        done = job(1, None, *arguments(folder, "--resume"))
+        assert done.codes(120) == [0], done.text()
         equal += final_hash(folder) == expected
     print(killed_at)
     assert equal == KILLS

@@ -15,7 +15,7 @@ LAYERS = [
     {"ops"},
     {"model", "data", "optim", "nn", "dist"},
     {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export", "quantize",
-     "monitor", "callbacks", "report", "plan", "doctor", "patching"},
+     "monitor", "callbacks", "report", "plan", "process", "doctor", "patching"},
     {"run", "trainer"},
     {"presets", "commands", "cli", "__main__"},
 ]

@@ -284,7 +284,8 @@ class PythonEngine:
         else:
             bucket.grad.copy_(total)
         bucket.summed = True
-        bucket.square = float(bucket.grad.double().square().sum())
+        if bucket.grad.device.type == "cpu":
+            bucket.square = float(bucket.grad.double().square().sum())
 
     @torch.no_grad()
     def complete(self, number: int) -> None:
@@ -319,8 +320,8 @@ class PythonEngine:
 
     @torch.no_grad()
     def finish(self) -> tuple[float, list[tuple[int, int]]]:
-        """After the last micro-batch: (sum of squares of this rank's gradients; the parameters that
-        none of the step's micro-batches reached, as (bucket, place))."""
+        """After the last micro-batch: (sum of squares of this rank's gradients, on a CPU; the
+        parameters that none of the step's micro-batches reached, as (bucket, place))."""
         if self._open:
             self.close_round()
         if not self._rounds or self._has_kept():

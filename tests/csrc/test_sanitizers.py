@@ -20,7 +20,7 @@ import pytest
 
 pytest.importorskip("fastllm._C", reason="built without a C++ compiler")
 pytestmark = [
-    pytest.mark.battery,
+    pytest.mark.sanitize,
     pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None,
                        reason="the sanitizers' libraries are found through g++ on Linux"),
 ]

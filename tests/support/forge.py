@@ -23,7 +23,7 @@ from pathlib import Path
 def serve() -> None:
     """The forge: {"call": "module:function" or null, "args": [...], "env": {}, "log": path}."""
     import fastllm.cli  # what a rank would import first: torch, numpy, pydantic
-    import fastllm.dist.zero_optimizer  # noqa: F401
+    import fastllm.dist.zero_optimizer
 
     # The peak of this machine is measured anew by every run, which takes longer than these train.
     fastllm.run.peak_flops = lambda device, dtype: (1e12, "not measured in tests")
