@@ -25,7 +25,7 @@ def test_a_quick_run_has_the_shape_of_a_full_one():
         assert one["peak_rss"] > 1e8
         assert ("ms_ratio" in one) == (name != one["against"])
     assert result["contestants"]["DDP"]["ms_ratio"].keys() == {"median", "min", "max"}
-    assert result["largest_loss_difference"] <= bench.TOLERANCE["float32"]
+    assert result["largest_loss_difference"] <= bench.TOLERANCE
 
 
 @pytest.mark.parametrize("tolerance", [1e-4, 5e-2])
@@ -39,6 +39,15 @@ def test_wrong_losses_are_refused(tolerance):
             bench.check({**losses, name: wrong}, tolerance)
     with pytest.raises(RuntimeError, match="ours 1 is wrong"):
         bench.check({"ours 1": [1.0], "FSDP2": [2.0], "ours 2": [2.0]}, tolerance)
+
+
+def test_losses_in_bf16_are_held_to_fp32():
+    truth = [4.0, 3.0]
+    losses = {"DDP": [4.0, 3.01], "FSDP2": [4.02, 3.0], "ours 0": [4.0, 3.03], "alone": [4.0, 9.0]}
+    assert bench.check_rounded(losses, truth) == pytest.approx(0.03)
+    for wrong in ([4.0, 3.05], [4.0, float("nan")]):
+        with pytest.raises(RuntimeError, match="ours 2 is wrong"):
+            bench.check_rounded({**losses, "ours 2": wrong}, truth)
 
 
 def test_ranks_that_fail_take_no_part_and_say_why():

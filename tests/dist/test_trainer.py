@@ -215,8 +215,9 @@ def test_our_model_under_every_wrapper(ranks, tmp_path, kind):
 def test_four_ranks_train_what_one_cannot_hold(job):
     """Weights, gradients and states of 16 bytes an element: 800 MB and more, where a process may take 800."""
     one = job(1, f"{RUNS}:under_a_limit", 800, 3)
-    assert one.codes(60) == [1]
-    assert "emory" in one.text()  # MemoryError, or torch's "can't allocate memory"
+    # Which allocation fails is chance: torch's, C++'s, or one of glibc's own, which aborts.
+    assert one.codes(60)[0] in (1, -6)
+    assert any(words in one.text() for words in ("emory", "bad_alloc"))
     for losses, numel in job(4, f"{RUNS}:under_a_limit", 800, 3).values(90):
         assert 16 * numel > 760e6
         assert losses[-1] < losses[0]

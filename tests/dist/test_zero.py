@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sharded_runs import VOCAB, alone, make  # noqa: F401
+from sharded_runs import alone, make
 
 from fastllm import cpu
 

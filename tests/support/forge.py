@@ -169,7 +169,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 self.kill(rank, number)
 
-    def codes(self, timeout: float = 40.0) -> list[int | None]:
+    def codes(self, timeout: float = 90.0) -> list[int | None]:
         """Every rank's exit code. What has not ended by the timeout is None: it says in its log
         where it is, and is killed."""
         end = time.monotonic() + timeout
@@ -185,7 +185,7 @@ class Job:
         log = self.logs[rank]
         return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
-    def values(self, timeout: float = 40.0) -> list:
+    def values(self, timeout: float = 90.0) -> list:
         """What the ranks' functions returned; all must have."""
         import torch
 
