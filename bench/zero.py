@@ -49,7 +49,7 @@ SHAPES: dict[str, dict[str, int]] = {
 # Dtypes, rounds, steps of warm-up, and who stays out: of the larger one a step takes long, and
 # three of stage 0 take all of 23 GB.
 PLANS: dict[str, tuple[list[str], int, int, tuple[str, ...]]] = {
-    "29m": (["float32", "bfloat16"], 4, 2, ()), "124m": (["float32"], 3, 1, ("alone",)),
+    "29m": (["float32", "bfloat16"], 6, 2, ()), "124m": (["float32"], 3, 1, ("alone",)),
     "tiny": (["float32"], 2, 1, ())}
 TOLERANCE = 1e-4  # of fp32 losses; of bf16's, see check_rounded
 SCATTER_BYTES = 58_000_000
@@ -114,6 +114,17 @@ def groups(size: str, names: list[str], budget: int) -> list[list[str]]:
             found.append(group)
             held = need
     return found
+
+
+def settled() -> int:
+    """`available`, once the ranks of the contest before have given all of theirs back."""
+    before, now = 0, available()
+    for _ in range(60):
+        if now - before < 1 << 27:
+            break
+        time.sleep(1)
+        before, now = now, available()
+    return now
 
 
 def available() -> int:
@@ -216,8 +227,8 @@ def contest(size: str, dtype: str, names: list[str], rounds: int, warmup: int,
                  "out --dtype, and keep DDP")
     shape, found, missing = SHAPES[size], {}, {}
     held: list[dict[str, Any]] = []
-    for group in groups(size, names, available()):
-        need, free = sum(WORLD * rank_bytes(size, name) for name in group), available() / 0.85
+    for group in groups(size, names, settled()):
+        need, free = sum(WORLD * rank_bytes(size, name) for name in group), settled() / 0.85
         if need > free:
             sys.exit(f"{size}: {', '.join(group)} take about {need / 1e9:.0f} GB of memory "
                      f"together, and {free / 1e9:.0f} GB are free")

@@ -53,6 +53,7 @@ Owner make_engine(int64_t rank, int64_t world, const py::object& gather,
   chosen.scale = options.attr("scale").cast<double>();
   chosen.native = options.attr("native").cast<bool>();
   chosen.release = options.attr("release").cast<bool>();
+  chosen.host_shards = options.attr("host_shards").cast<bool>();
   chosen.in_flight = options.attr("in_flight").cast<int64_t>();
   Owner engine(new Engine(group_of(gather), group_of(reduce), rank, world, chosen));
   engine->watch = listener(std::move(watch));

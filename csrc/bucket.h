@@ -25,7 +25,7 @@ class Bucket {
  public:
   // wire: "same", "fp32", "bf16" or "int8".
   Bucket(std::string name, std::vector<at::Tensor> params, bool trainable, bool release,
-         const Collective& collective, const std::string& wire, bool native_group,
+         bool host_shards, const Collective& collective, const std::string& wire, bool native_group,
          MemoryPool& memory, BufferPool& buffers);
 
   const std::string& name() const { return name_; }
@@ -51,6 +51,7 @@ class Bucket {
   void forget();  // the step's gradients
 
   Work gathering;
+  at::Tensor gather_source;  // must live until then
   bool gather_started = false;
 
  private:

@@ -15,7 +15,7 @@ Engine::~Engine() { close(); }
 int64_t Engine::add(const std::string& name, std::vector<at::Tensor> params, bool trainable) {
   const int64_t number = static_cast<int64_t>(buckets_.size());
   buckets_.push_back(std::make_unique<Bucket>(name, std::move(params), trainable, options_.release,
-                                              collective_, options_.wire, options_.native, memory_,
+                                              options_.host_shards, collective_, options_.wire, options_.native, memory_,
                                               buffers_));
   Bucket& bucket = *buckets_.back();
   if (options_.release) bucket.flat().release();
@@ -138,7 +138,8 @@ void Engine::gather_start(int64_t number) {
   if (bucket.flat().whole() || bucket.gather_started) return;
   say(check, "all-gather of " + bucket.name());
   bucket.flat().allocate();
-  bucket.gathering = collective_.all_gather(bucket.flat().full(), bucket.flat().shard());
+  bucket.gather_source = bucket.flat().shard().to(bucket.flat().full().device(), true);
+  bucket.gathering = collective_.all_gather(bucket.flat().full(), bucket.gather_source);
   bucket.gather_started = true;
 }
 
@@ -164,6 +165,7 @@ void Engine::wait_gather(Bucket& bucket) {
     say(watch, "");
   }
   bucket.gathering.reset();
+  bucket.gather_source.reset();
   bucket.gather_started = false;
 }
 

@@ -23,6 +23,7 @@ struct EngineOptions {
   double scale = 1.0;
   bool native = false;
   bool release = false;
+  bool host_shards = false;
   int64_t in_flight = 2;
 };
 

@@ -15,7 +15,7 @@ std::vector<int64_t> sizes_of(const std::vector<at::Tensor>& params) {
 }  // namespace
 
 FlatBuffer::FlatBuffer(std::vector<at::Tensor> params, int64_t world, int64_t rank, bool apart,
-                       MemoryPool& pool)
+                       bool on_host, MemoryPool& pool)
     : pool_(pool),
       params_(std::move(params)),
       layout_(make_layout(sizes_of(params_), world)) {
@@ -30,7 +30,7 @@ FlatBuffer::FlatBuffer(std::vector<at::Tensor> params, int64_t world, int64_t ra
         .copy_(params_[i].detach());
   }
   shard_ = full_.narrow(0, rank * layout_.shard, layout_.shard);
-  if (apart) shard_ = shard_.clone();
+  if (apart) shard_ = on_host && !shard_.is_cpu() ? shard_.cpu().pin_memory() : shard_.clone();
   show();
 }
 

@@ -17,7 +17,8 @@ class FlatBuffer {
  public:
   // Moves the data of `params` into flat storage. `apart`: this rank's shard is memory of its own,
   // so that the whole can be released; its memory comes from the pool then, and goes there.
-  FlatBuffer(std::vector<at::Tensor> params, int64_t world, int64_t rank, bool apart,
+  // `on_host`: it is on the CPU.
+  FlatBuffer(std::vector<at::Tensor> params, int64_t world, int64_t rank, bool apart, bool on_host,
              MemoryPool& pool);
 
   const std::vector<at::Tensor>& params() const { return params_; }

@@ -96,8 +96,8 @@ def make_plan(model: ModelConfig, optim: OptimConfig, dist: DistConfig, *, dtype
                   if group.unit is not units[0]]
         # The root stays whole; of the blocks one computes while the next one comes.
         buffers += (root + 2 * max(blocks, default=0)) * width
-    if dist.offload != "none":
-        buffers += shards * (width + sums)
+    if dist.offload != "none":  # what goes to the CPU and back
+        buffers += shards * (sums + (width if dist.offload == "optimizer" else 0))
     return Plan(weights, gradients, states, activations, buffers)
 
 

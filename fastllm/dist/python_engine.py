@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastllm.dist.int8 import dequantize_int8, quantize_int8
 from fastllm.dist.mesh import all_gather
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
 
@@ -30,12 +31,14 @@ class Options:
     scale: what every sum over ranks is multiplied by.
     native: reduce in the process group (NCCL); else all-to-all and a sum in fp32 here.
     release: parameters are gathered and released (stage 3); else whole at all times.
+    host_shards: with release, shards of parameters are on the CPU until they are gathered.
     """
 
     wire: str = "same"
     scale: float = 1.0
     native: bool = False
     release: bool = False
+    host_shards: bool = False
     in_flight: int = IN_FLIGHT
 
 
@@ -70,11 +73,18 @@ class Bucket:
     buffer: Tensor | None = None
     whole: bool = True
     gathering: Any = None
+    """(what to wait for, what must live until then) of an all-gather under way."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What gradients are summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; pinned, where it comes from a GPU."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor)
 
 
 class PythonEngine:
@@ -121,7 +131,8 @@ class PythonEngine:
         number = len(self._buckets)
         self._buckets.append(bucket)
         if self.options.release:
-            bucket.shard = bucket.shard.clone()
+            bucket.shard = to_host(bucket.shard) if self.options.host_shards \
+                else bucket.shard.clone()
             self.release(number)
         if trainable:
             self._prepare_gradients(number, bucket)
@@ -376,7 +387,8 @@ class PythonEngine:
             self.check(f"all-gather of {bucket.name}")
         size = bucket.layout.padded * bucket.full.element_size()
         bucket.full.untyped_storage().resize_(size)
-        bucket.gathering = self._all_gather(bucket.full, bucket.shard)
+        source = bucket.shard.to(bucket.full.device, non_blocking=True)
+        bucket.gathering = self._all_gather(bucket.full, source), source
 
     def gather_wait(self, number: int) -> None:
         """Make a bucket's parameters whole."""
@@ -414,7 +426,7 @@ class PythonEngine:
         for bucket in trainable:
             if self.check:
                 self.check(f"all-gather of {bucket.name}")
-            bucket.gathering = self._all_gather(bucket.full, bucket.shard)
+            bucket.gathering = self._all_gather(bucket.full, bucket.shard), bucket.shard
         for bucket in trainable:
             self._await(bucket)
             torch.autograd.graph.increment_version(bucket.params)
@@ -422,7 +434,7 @@ class PythonEngine:
     def _await(self, bucket: Bucket) -> None:
         self.watch(f"all-gather of {bucket.name}")
         if bucket.gathering is not None:
-            bucket.gathering.wait()
+            bucket.gathering[0].wait()
         bucket.gathering = None
         self.watch(None)
 
@@ -444,35 +456,3 @@ class PythonEngine:
 class _Done:
     def wait(self) -> None:
         """Nothing was sent."""
-
-
-BLOCK = 256
-BYTES = BLOCK + 4
-
-
-def quantize_int8(x: Tensor, error: Tensor) -> Tensor:
-    """(N,) plus `error` as uint8 (N / 256 * 260,): a block's fp32 scale and its 256 int8 numbers.
-
-    `error` (fp32) becomes what the rounding lost. A block with a NaN or an infinity is NaN when it
-    is read again. Source: Wang et al., "ZeRO++", 2023 (qgZ), with the error feedback of Seide et
-    al., 2014.
-    """
-    value = (x.float() + error).view(-1, BLOCK)
-    largest = value.abs().amax(1)
-    scale = torch.where(largest.isfinite(), largest / 127, torch.nan)
-    divisor = torch.where(scale > 0, scale, 1.0)
-    code = (value / divisor[:, None]).round().clamp(-127, 127)
-    code = torch.where(code.isfinite(), code, 0.0).to(torch.int8)
-    left = value - code.float() * scale[:, None]
-    error.copy_(torch.where(left.isfinite(), left, 0.0).view(-1))
-    wire = torch.empty(len(scale), BYTES, dtype=torch.uint8, device=x.device)
-    wire[:, :4] = scale[:, None].view(torch.uint8)
-    wire[:, 4:] = code.view(torch.uint8)
-    return wire.view(-1)
-
-
-def dequantize_int8(wire: Tensor) -> Tensor:
-    """Undo of `quantize_int8` up to its rounding: fp32."""
-    rows = wire.view(-1, BYTES)
-    scale = rows[:, :4].contiguous().view(torch.float32)
-    return (rows[:, 4:].contiguous().view(torch.int8).float() * scale).view(-1)

@@ -35,7 +35,7 @@ from fastllm.dist.buckets import (
 )
 from fastllm.dist.mesh import World
 from fastllm.dist.partition import Run, runs
-from fastllm.dist.python_engine import IN_FLIGHT, Options
+from fastllm.dist.python_engine import IN_FLIGHT, Options, to_host
 from fastllm.dist.units import Schedule
 from fastllm.optim import OptimConfig, Settled, make_optimizer
 from fastllm.optim.base import Place
@@ -93,8 +93,8 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
             Whatever it is, they are summed in fp32.
         average: divide gradients by the number of ranks, as DDP does; False sums.
         bucket_mb: MB of gradients in a bucket, below stage 3. (In stage 3 a unit is a bucket.)
-        offload: "optimizer": masters, optimizer states and their step are on the CPU; "all": in
-            stage 3 also the shards of the parameters.
+        offload: "optimizer": masters, optimizer states and their step are on the CPU; "all" (stage
+            3): also the shards of the parameters.
         units: stage 3: modules to gather at a time; by default each element of the outermost
             ModuleLists.
         prefetch: stage 3: gather the next unit while one computes. Needs the same order of units
@@ -120,9 +120,12 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
                             f"{', '.join(map(str, allowed))}")
     if stage == 0 and offload != "none":
         raise UserError("zero: offload needs stage 1 or more: stage 0 has no shards")
+    if stage < 3 and offload == "all":
+        raise UserError("zero: offload all needs stage 3: below, parameters are not in shards; use "
+                        "optimizer")
     return Zero(model, stage, _world(mesh), average=average, wire=wire_dtype, bucket_mb=bucket_mb,
-                offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check, backend=backend,
-                fill_parameter=fill_parameter, device=device, watch=watch)
+                offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check,
+                backend=backend, fill_parameter=fill_parameter, device=device, watch=watch)
 
 
 def _world(group: Any) -> World:
@@ -147,7 +150,7 @@ class Zero:
         scale = 1.0 / world.size if average else 1.0
         self._engine = collectives.engine(backend, world, Options(
             wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3,
-            in_flight=IN_FLIGHT if overlap else 0), self.watch, new_group=stage == 3)
+            host_shards=offload == "all", in_flight=IN_FLIGHT if overlap else 0), self.watch, new_group=stage == 3)
         if check:
             self._engine.check = self._same_collective
         self._buckets: list[_Bucket] = []
@@ -185,13 +188,11 @@ class Zero:
 
     def _on_host(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Of each trainable bucket: parameters and gradients of this rank's shard, on the CPU."""
-        def beside(tensor: Tensor) -> Tensor:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-
         host = {}
         for bucket in self._trainable:
             shard, grad = self._engine.shard(bucket.number), self._engine.grad(bucket.number)
-            host[bucket.number] = beside(shard).copy_(shard), beside(grad)
+            host[bucket.number] = (shard if self.offload == "all" else to_host(shard),
+                                   to_host(grad))
         return host
 
     # ----------------------------------------------------------------------------------- the step
@@ -319,7 +320,8 @@ class Zero:
             return
         if self._host is not None:
             for number, (shard, _) in self._host.items():
-                self._engine.shard(number).copy_(shard, non_blocking=True)
+                if self.offload != "all":  # else it is the engine's own
+                    self._engine.shard(number).copy_(shard, non_blocking=True)
         self._engine.publish()
 
     def zero(self) -> None:

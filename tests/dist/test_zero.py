@@ -77,6 +77,8 @@ def test_twenty_steps_equal_one_process(ranks, backend):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_engines_overlap_and_offload_give_the_same_bits(ranks, stage, options):
     """C++ and Python, with and without overlap, states here or on the CPU: one result a wire."""
+    if stage < 3 and options.get("offload") == "all":
+        options = {"offload": "optimizer"}
     wire = {key: options[key] for key in options if key == "wire_dtype"}
     results = [ranks(2, f"{RUNS}:train", stage, 4, "bfloat16", {**chosen, "backend": backend},
                      ADAMW, 2)[0][0]
