@@ -50,6 +50,7 @@ class Bucket {
   void reach(int64_t i) { reached_[i] = true; }
   void forget();  // the step's gradients
 
+  at::Tensor grad_full;  // (padded,) the sums of all ranks, where they are gathered (stage 0)
   Work gathering;
   at::Tensor gather_source;  // must live until then
   bool gather_started = false;

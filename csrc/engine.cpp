@@ -124,8 +124,10 @@ at::Tensor Engine::gather_grad(int64_t number) {
   if (collective_.world() == 1) return bucket.grad();
   const std::string what = "all-gather of the gradients of " + bucket.name();
   say(check, what);
-  const at::Tensor full =
-      at::empty({bucket.flat().layout().padded()}, bucket.grad().options());
+  at::Tensor& full = bucket.grad_full;  // kept: a new one every step would be page faults
+  if (!full.defined()) {
+    full = at::empty({bucket.flat().layout().padded()}, bucket.grad().options());
+  }
   say(watch, what);
   if (const Work work = collective_.all_gather(full, bucket.grad())) work->wait();
   say(watch, "");

@@ -59,6 +59,8 @@ class Bucket:
     """Of each parameter in the buffer that is sent."""
     grad: Tensor | None = None
     """(shard,) the summed gradients of this rank's part, fp32 (fp64 for fp64 parameters)."""
+    grad_full: Tensor | None = None
+    """(padded,) the sums of all ranks, where they are gathered (stage 0)."""
     error: Tensor | None = None
     """(padded,) fp32: what int8 left unsent so far."""
     summed: bool = False
@@ -369,7 +371,9 @@ class PythonEngine:
             return bucket.grad
         if self.check:
             self.check(f"all-gather of the gradients of {bucket.name}")
-        full = torch.empty(bucket.layout.padded, dtype=bucket.grad.dtype, device=bucket.grad.device)
+        if bucket.grad_full is None:
+            bucket.grad_full = bucket.grad.new_empty(bucket.layout.padded)
+        full = bucket.grad_full
         self.watch(f"all-gather of the gradients of {bucket.name}")
         self._all_gather(full, bucket.grad).wait()
         self.watch(None)
