@@ -75,9 +75,7 @@ def attention() -> str:
             rows.append([f"{name}: {peers[peer]}", *cells])
     head = [f"{kind}{what}" for kind in ("bf16: ", "fp32: ") for what in (
         "torch", "fastllm", "speed")]
-    note = ""
-    if result["isa"] != load("cpu-2core/optim")["isa"]:
-        note += f"\nThis table is of another machine: {result['machine']}, {result['isa']}.\n"
+    note = _machine(result)
     busy = max(one["others_share"] for one in result["results"].values())
     if busy > 0.03:
         note += (f"\nOther programs took up to {100 * busy:.0f}% of the processors meanwhile: the "
@@ -92,6 +90,13 @@ def _beside(result: dict, peer: str) -> list[str]:
         return ["-"] * 3
     times = result["milliseconds"]
     return [f"{times[peer]:.1f} ms", f"{times['fastllm']:.1f} ms", f"{result['ratio'][peer]:.2f}x"]
+
+
+def _machine(result: dict) -> str:
+    """A line where a table is not of the machine that the section speaks of."""
+    if result["isa"] == load("cpu-2core/optim")["isa"]:
+        return ""
+    return f"\nThis table is of another machine: {result['machine']}, {result['isa']}.\n"
 
 
 def zero(result: dict | None = None) -> str:
@@ -129,7 +134,7 @@ def zero(result: dict | None = None) -> str:
     if wires:
         text += "\n" + table(["reduce-scatter of 58 MB", "Gloo", "fastllm", "speed",
                               "largest error: Gloo", "fastllm"], wires)
-    return text
+    return text + _machine(result)
 
 
 def demo() -> str:
