@@ -107,7 +107,8 @@ def test_the_table_names_every_peer_and_who_is_missing():
 
     scatter = {"ms": {"gloo": 40.0, "ours": 20.0}, "ratio": bench.spread([2.0]), "bytes": 58e6,
                "error": {"gloo": 0.5, "ours": 0.25}}
-    result = {"world": 2, "batch": [4, 256], "deepspeed": {}, "results": {"29m bfloat16": {
+    result = {"world": 2, "batch": [4, 256], "deepspeed": {}, "machine": "one", "isa": "none",
+              "results": {"29m bfloat16": {
         "parameters": 29e6, "contestants": {"ours 1": one("ours 1", 10.0),
                                             "DeepSpeed 1": one("DeepSpeed 1", 15.0)},
         "groups": [{"others_share": 0.0}], "missing": {"DDP": "Error: no wire"}}},
