@@ -24,8 +24,8 @@ std::vector<int64_t> natural_order(int64_t world) {
 }  // namespace
 
 Bucket::Bucket(std::string name, std::vector<at::Tensor> params, bool trainable, bool release,
-               bool host_shards, const Collective& collective, const std::string& wire, bool native_group,
-               MemoryPool& memory, BufferPool& buffers)
+               bool host_shards, const Collective& collective, const std::string& wire,
+               bool native_group, MemoryPool& memory, BufferPool& buffers)
     : name_(std::move(name)),
       trainable_(trainable),
       flat_(std::move(params), collective.world(), collective.rank(), release, host_shards,

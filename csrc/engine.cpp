@@ -14,9 +14,9 @@ Engine::~Engine() { close(); }
 
 int64_t Engine::add(const std::string& name, std::vector<at::Tensor> params, bool trainable) {
   const int64_t number = static_cast<int64_t>(buckets_.size());
-  buckets_.push_back(std::make_unique<Bucket>(name, std::move(params), trainable, options_.release,
-                                              options_.host_shards, collective_, options_.wire, options_.native, memory_,
-                                              buffers_));
+  buckets_.push_back(std::make_unique<Bucket>(
+      name, std::move(params), trainable, options_.release, options_.host_shards, collective_,
+      options_.wire, options_.native, memory_, buffers_));
   Bucket& bucket = *buckets_.back();
   if (options_.release) bucket.flat().release();
   if (!trainable) return number;

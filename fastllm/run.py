@@ -120,8 +120,7 @@ def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[s
         return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
                             vocab_size=settings.model.vocab_size)
 
-    world.first_alone("prepare", prepare)  # the others then find it in the cache
-    prepared = prepare()
+    prepared = world.first_alone("prepare", prepare) or prepare()  # the others: from the cache
     if settings.tokenizer.path is None:
         # A small text supports fewer tokens than asked for: rows that no token uses are not made.
         settings.model.vocab_size = min(settings.model.vocab_size, prepared.tokenizer.vocab_size)

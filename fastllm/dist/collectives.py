@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllm import cpu
 from fastllm.config import UserError
+from fastllm.dist import mesh
 from fastllm.dist.mesh import World
 from fastllm.dist.partition import ALIGN
 from fastllm.dist.python_engine import Options, PythonEngine
@@ -62,8 +63,7 @@ def reduce_scatter(output: Tensor, whole: Tensor, world: World) -> None:
     of the sum over ranks, added up in the output's dtype in order of rank."""
     size, own = output.numel(), world.rank
     if is_native(world) and whole.dtype == output.dtype:
-        reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        reduce(output, whole, group=world.group)
+        mesh.reduce_scatter(output, whole, world.group)
         return
     before, mine, after = whole.split([own * size, size, (world.size - 1 - own) * size])
     others = torch.cat([before, after]) if before.numel() and after.numel() else \

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from fastllm.dist.watchdog import IDLE, Watchdog
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 FOREVER = timedelta(days=30)
+T = TypeVar("T")
 
 
 def all_gather(full: Tensor, part: Tensor, group: Any, *, async_op: bool = False) -> Any:
@@ -28,6 +29,12 @@ def all_gather(full: Tensor, part: Tensor, group: Any, *, async_op: bool = False
     # torch 2.13 renamed it and warns of the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return gather(full, part, group=group, async_op=async_op)
+
+
+def reduce_scatter(part: Tensor, full: Tensor, group: Any, *, async_op: bool = False) -> Any:
+    """part: (n,) becomes this rank's part of the sum of every rank's (ranks * n,) full."""
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce(part, full, group=group, async_op=async_op)
 
 
 @dataclass(frozen=True)
@@ -82,15 +89,14 @@ class World:
         """Returns when every rank has come here."""
         self.gather_numbers([0])
 
-    def first_alone(self, key: str, work: Callable[[], Any]) -> None:
+    def first_alone(self, key: str, work: Callable[[], T]) -> T | None:
         """The first rank does something, however long it takes; the others wait for its end.
 
-        key: a name that is used once. If it fails, its error is raised there, and RunError with the
+        Returns what it made, there, and None on the others.  key: a name that is used once. If it fails, its error is raised there, and RunError with the
         same words (UserError for one) on every other rank.
         """
         if self.size == 1:
-            work()
-            return
+            return work()
         store = distributed_c10d._get_default_store()
         what = f"what the first rank does alone ({key})"
         if self.first:
@@ -98,19 +104,19 @@ class World:
                 pass  # so that all ranks count the same waits
             said = ""
             try:
-                work()
+                return work()
             except Exception as error:
                 said = json.dumps([isinstance(error, UserError), str(error)])
                 raise
             finally:
                 store.set(f"fastllm/alone/{key}", said)
-            return
         with self.watch.waiting(what, patient=True):
             store.wait([f"fastllm/alone/{key}"], FOREVER)
         said = store.get(f"fastllm/alone/{key}").decode()
         if said:
             user, text = json.loads(said)
             raise UserError(text) if user else RunError(f"rank 0: {text}")
+        return None
 
     def together(self, error: Exception | None = None) -> None:
         """Every rank says whether its part went well; if one did not, every rank raises.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastllm.dist.int8 import dequantize_int8, quantize_int8
-from fastllm.dist.mesh import all_gather
+from fastllm.dist.mesh import all_gather, reduce_scatter
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
 
 IN_FLIGHT = 2
@@ -251,8 +251,7 @@ class PythonEngine:
             if self.world == 1:
                 received.copy_(buffer)
             else:
-                reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-                work = reduce(received, buffer, async_op=True, group=self.reduce_group)
+                work = reduce_scatter(received, buffer, self.reduce_group, async_op=True)
         else:
             received = torch.empty(own * (self.world - 1), dtype=buffer.dtype,
                                    device=buffer.device)

@@ -16,8 +16,8 @@ from fastllm.optim.schedules import ScheduleConfig, lr_at
 
 __all__ = ["LAMB", "OPTIMIZERS", "SGD", "Adagrad", "AdamW", "AdamW8bit", "GradAccumulator", "Lion",
            "LossScaler", "Muon", "OptimConfig", "Optimizer", "ParamGroup", "Place",
-           "RMSprop",
-           "ScheduleConfig", "Settled", "describe", "lr_at", "make_optimizer", "param_groups"]
+           "RMSprop", "ScheduleConfig", "Settled", "describe", "lr_at", "make_optimizer",
+           "param_groups"]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW, "adamw8bit": AdamW8bit, "lion": Lion, "sgd": SGD, "adagrad": Adagrad,
