@@ -50,8 +50,10 @@ Owner make_engine(int64_t rank, int64_t world, const py::object& gather,
                   const py::object& reduce, const py::object& options, py::object watch) {
   EngineOptions chosen;
   chosen.wire = options.attr("wire").cast<std::string>();
+  chosen.param_wire = options.attr("param_wire").cast<std::string>();
   chosen.scale = options.attr("scale").cast<double>();
   chosen.native = options.attr("native").cast<bool>();
+  chosen.gather_grads = options.attr("gather_grads").cast<bool>();
   chosen.release = options.attr("release").cast<bool>();
   chosen.host_shards = options.attr("host_shards").cast<bool>();
   chosen.in_flight = options.attr("in_flight").cast<int64_t>();
@@ -75,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("reduce_group"), py::arg("options"), py::arg("watch") = py::none())
       .def_property_readonly_static("kind", [](const py::object&) { return "cpp"; })
       .def_readwrite("local", &Engine::local)
+      .def_readwrite("exact", &Engine::exact)
       .def_property(
           "check", [](const Engine& self) { return static_cast<bool>(self.check); },
           [](Engine& self, py::object callable) { self.check = listener(std::move(callable)); })
@@ -84,11 +87,11 @@ PYBIND11_MODULE(_C, m) {
       .def("shard", [](Engine& self, int64_t n) { return self.bucket(n).flat().shard(); })
       .def("full", [](Engine& self, int64_t n) { return self.bucket(n).flat().full(); })
       .def("grad", [](Engine& self, int64_t n) { return self.bucket(n).grad(); })
+      .def("whole_grad", [](Engine& self, int64_t n) { return self.bucket(n).whole_grad(); })
       .def("complete", &Engine::complete, Release())
       .def("close_round", &Engine::close_round, Release())
       .def("finish", &Engine::finish, Release())
       .def("zero", &Engine::zero, Release())
-      .def("gather_grad", &Engine::gather_grad, Release())
       .def("gather_start", &Engine::gather_start, Release())
       .def("gather_wait", &Engine::gather_wait, Release())
       .def("release", &Engine::release, Release())

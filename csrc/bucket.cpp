@@ -23,17 +23,18 @@ std::vector<int64_t> natural_order(int64_t world) {
 
 }  // namespace
 
-Bucket::Bucket(std::string name, std::vector<at::Tensor> params, bool trainable, bool release,
-               bool host_shards, const Collective& collective, const std::string& wire,
-               bool native_group, MemoryPool& memory, BufferPool& buffers)
+Bucket::Bucket(std::string name, std::vector<at::Tensor> params, bool trainable,
+               const EngineOptions& options, const Collective& collective, MemoryPool& memory,
+               BufferPool& buffers)
     : name_(std::move(name)),
       trainable_(trainable),
-      flat_(std::move(params), collective.world(), collective.rank(), release, host_shards,
-            memory),
-      buffers_(buffers) {
+      flat_(std::move(params), collective.world(), collective.rank(), options.release,
+            options.host_shards, memory),
+      buffers_(buffers),
+      narrow_params_(options.param_wire == "int8") {
   const at::Tensor& first = flat_.params()[0];
-  wire_ = wire_type(wire, first.scalar_type());
-  native_ = native_group && (wire_ == at::kFloat || wire_ == at::kDouble);
+  wire_ = wire_type(options.wire, first.scalar_type());
+  native_ = options.native && (wire_ == at::kFloat || wire_ == at::kDouble);
   packed_.resize(flat_.params().size());
   reached_.resize(flat_.params().size());
   if (!trainable) return;
@@ -44,15 +45,20 @@ Bucket::Bucket(std::string name, std::vector<at::Tensor> params, bool trainable,
   runs_.resize(flat_.params().size());
   for (const Run& run : all) runs_[run.parameter].push_back(run);
   gaps_ = make_gaps(all, layout.padded());
-  const auto options = first.options().requires_grad(false);
-  grad_ = at::zeros({layout.shard}, options.dtype(wide(first.scalar_type())));
-  if (wire_ == at::kByte) error_ = at::zeros({layout.padded()}, options.dtype(at::kFloat));
+  const auto like = first.options().requires_grad(false);
+  const int64_t kept = options.gather_grads ? layout.padded() : layout.shard;
+  grad_ = at::zeros({kept}, like.dtype(wide(first.scalar_type())));
+  if (options.gather_grads) {
+    whole_grad_ = grad_;
+    grad_ = whole_grad_.narrow(0, collective.rank() * layout.shard, layout.shard);
+  }
+  if (wire_ == at::kByte) error_ = at::zeros({layout.padded()}, like.dtype(at::kFloat));
 }
 
 at::Tensor Bucket::take_buffer(int64_t numel, at::ScalarType type) {
-  const at::TensorOptions options = grad_.options().dtype(type);
+  const at::TensorOptions options = flat_.full().options().dtype(type);
   const int64_t bytes = numel * static_cast<int64_t>(c10::elementSize(type));
-  if (grad_.is_cpu()) {
+  if (flat_.full().is_cpu()) {
     if (std::optional<at::Tensor> memory = buffers_.take(bytes)) return memory->view(type);
   }
   return at::empty({numel}, options);
@@ -128,6 +134,34 @@ void Bucket::land(Collective& collective, const Flight& flight, double scale) {
   summed_ = true;
   give_buffer(flight.buffer);
   give_buffer(flight.received);
+}
+
+void Bucket::gather_grad(Collective& collective) {
+  grad_gather_ = collective.all_gather(whole_grad_, grad_);
+}
+
+// What is sent in int8 is what every rank computes with, this one too.
+void Bucket::gather_params(Collective& collective, bool exact) {
+  params_begun_ = true;
+  at::Tensor shard = flat_.shard().to(flat_.full().device(), /*non_blocking=*/true);
+  if (!narrow_params_ || exact) {
+    params_gather_ = collective.all_gather(flat_.full(), shard);
+    return;
+  }
+  at::Tensor narrow = at::empty({shard.numel() / kTile * kInt8Bytes},
+                                shard.options().dtype(at::kByte));
+  quantize_int8(narrow, shard, std::nullopt, 1.0);
+  params_wire_ = take_buffer(narrow.numel() * collective.world(), at::kByte);
+  params_gather_ = collective.all_gather(params_wire_, narrow);
+}
+
+void Bucket::wait_params() {
+  params_gather_.wait();
+  params_begun_ = false;
+  if (!params_wire_.defined()) return;
+  dequantize_int8(flat_.full(), params_wire_);
+  give_buffer(params_wire_);
+  params_wire_.reset();
 }
 
 bool Bucket::has_kept() const {

@@ -16,6 +16,17 @@ namespace fastllm {
 
 using BufferPool = Pool<at::Tensor>;
 
+struct EngineOptions {
+  std::string wire = "same";        // of gradients: "same", "fp32", "bf16" or "int8"
+  std::string param_wire = "same";  // of parameters: "same" or, with release, "int8"
+  double scale = 1.0;
+  bool native = false;
+  bool gather_grads = false;
+  bool release = false;
+  bool host_shards = false;
+  int64_t in_flight = 2;
+};
+
 // What gradients are summed in.
 inline at::ScalarType wide(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
@@ -23,15 +34,15 @@ inline at::ScalarType wide(at::ScalarType type) {
 
 class Bucket {
  public:
-  // wire: "same", "fp32", "bf16" or "int8".
-  Bucket(std::string name, std::vector<at::Tensor> params, bool trainable, bool release,
-         bool host_shards, const Collective& collective, const std::string& wire, bool native_group,
-         MemoryPool& memory, BufferPool& buffers);
+  Bucket(std::string name, std::vector<at::Tensor> params, bool trainable,
+         const EngineOptions& options, const Collective& collective, MemoryPool& memory,
+         BufferPool& buffers);
 
   const std::string& name() const { return name_; }
   bool trainable() const { return trainable_; }
   FlatBuffer& flat() { return flat_; }
   const at::Tensor& grad() const { return grad_; }
+  const at::Tensor& whole_grad() const { return whole_grad_; }
   double square() const { return square_; }
 
   // A gradient that stays here for now (`keep`), or joins the buffer (`pack`; undefined: none).
@@ -50,10 +61,15 @@ class Bucket {
   void reach(int64_t i) { reached_[i] = true; }
   void forget();  // the step's gradients
 
-  at::Tensor grad_full;  // (padded,) the sums of all ranks, where they are gathered (stage 0)
-  Work gathering;
-  at::Tensor gather_source;  // must live until then
-  bool gather_started = false;
+  // Where gradients are gathered: from when they are landed until `wait_grad`.
+  void gather_grad(Collective& collective);
+  bool gathers_grad() const { return grad_gather_.under_way(); }
+  void wait_grad() { grad_gather_.wait(); }
+
+  // The parameters: `wait_params` makes what `gather_params` began whole. exact: not in int8.
+  void gather_params(Collective& collective, bool exact);
+  bool gathers_params() const { return params_begun_; }
+  void wait_params();
 
  private:
   at::Tensor take_buffer(int64_t numel, at::ScalarType type);
@@ -67,7 +83,13 @@ class Bucket {
   bool native_;
   std::vector<std::vector<Run>> runs_;  // of each parameter in the buffer
   std::vector<Run> gaps_;
-  at::Tensor grad_;   // (shard,)
+  at::Tensor grad_;        // (shard,)
+  at::Tensor whole_grad_;  // (padded,) the sums of all ranks, where they are gathered
+  Gather grad_gather_;
+  bool narrow_params_;
+  at::Tensor params_wire_;  // the int8 form of the parameters while they come
+  Gather params_gather_;
+  bool params_begun_ = false;
   at::Tensor error_;  // (padded,) what int8 left unsent
   at::Tensor buffer_;
   std::map<int64_t, at::Tensor> kept_;

@@ -6,6 +6,7 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <cstdint>
+#include <vector>
 
 namespace fastllm {
 
@@ -19,11 +20,27 @@ struct Flight {
   at::Tensor received;
 };
 
+// An all-gather under way; it keeps what is sent alive until it is waited for.
+class Gather {
+ public:
+  bool under_way() const { return !works_.empty(); }
+  void wait();
+
+ private:
+  friend class Collective;
+  std::vector<Work> works_;
+  at::Tensor sent_;
+};
+
 class Collective {
  public:
-  // Groups are null in a world of one.
-  Collective(Group gather, Group reduce, int64_t rank, int64_t world)
-      : gather_(std::move(gather)), reduce_(std::move(reduce)), rank_(rank), world_(world) {}
+  // Groups are null in a world of one. native: they have collectives on tensors as they lie (NCCL).
+  Collective(Group gather, Group reduce, int64_t rank, int64_t world, bool native)
+      : gather_(std::move(gather)),
+        reduce_(std::move(reduce)),
+        rank_(rank),
+        world_(world),
+        native_(native) {}
 
   int64_t rank() const { return rank_; }
   int64_t world() const { return world_; }
@@ -37,14 +54,15 @@ class Collective {
   double land(const Flight& flight, const at::Tensor& grad, bool native, double scale,
               bool accumulate);
 
-  // full <- the shards of all ranks. Null where nothing is to be waited for.
-  Work all_gather(at::Tensor full, at::Tensor shard);
+  // full <- the shards of all ranks. shard may be this rank's part of it.
+  Gather all_gather(at::Tensor full, at::Tensor shard);
 
  private:
   Group gather_;
   Group reduce_;
   int64_t rank_;
   int64_t world_;
+  bool native_;
   int64_t sent_bytes_ = 0;
 };
 

@@ -6,7 +6,7 @@ namespace fastllm {
 
 Engine::Engine(Group gather, Group reduce, int64_t rank, int64_t world, EngineOptions options)
     : options_(std::move(options)),
-      collective_(std::move(gather), std::move(reduce), rank, world),
+      collective_(std::move(gather), std::move(reduce), rank, world, options_.native),
       memory_(4),
       buffers_(2 * options_.in_flight + 2) {}
 
@@ -15,8 +15,7 @@ Engine::~Engine() { close(); }
 int64_t Engine::add(const std::string& name, std::vector<at::Tensor> params, bool trainable) {
   const int64_t number = static_cast<int64_t>(buckets_.size());
   buckets_.push_back(std::make_unique<Bucket>(
-      name, std::move(params), trainable, options_.release, options_.host_shards, collective_,
-      options_.wire, options_.native, memory_, buffers_));
+      name, std::move(params), trainable, options_, collective_, memory_, buffers_));
   Bucket& bucket = *buckets_.back();
   if (options_.release) bucket.flat().release();
   if (!trainable) return number;
@@ -68,8 +67,20 @@ void Engine::land() {
   const auto [number, flight] = std::move(flying_.front());
   flying_.pop_front();
   Bucket& bucket = *buckets_[number];
+  wait_grad(bucket);  // of an earlier micro-batch
   say(watch, "reduce-scatter of " + bucket.name());
   bucket.land(collective_, flight, options_.scale);
+  say(watch, "");
+  if (!options_.gather_grads) return;
+  say(check, "all-gather of the gradients of " + bucket.name());
+  bucket.gather_grad(collective_);
+  if (options_.in_flight == 0) wait_grad(bucket);
+}
+
+void Engine::wait_grad(Bucket& bucket) {
+  if (!bucket.gathers_grad()) return;
+  say(watch, "all-gather of the gradients of " + bucket.name());
+  bucket.wait_grad();
   say(watch, "");
 }
 
@@ -104,6 +115,7 @@ std::pair<double, std::vector<std::pair<int64_t, int64_t>>> Engine::finish() {
   for (const int64_t number : order_) again = again || buckets_[number]->has_kept();
   if (again) close_round();
   while (!flying_.empty()) land();
+  for (const int64_t number : order_) wait_grad(*buckets_[number]);
   double square = 0.0;
   std::vector<std::pair<int64_t, int64_t>> unused;
   for (const int64_t number : order_) {
@@ -118,57 +130,36 @@ void Engine::zero() {
   rounds_ = 0;
 }
 
-at::Tensor Engine::gather_grad(int64_t number) {
-  const at::NoGradGuard no_grad;
-  Bucket& bucket = *buckets_.at(number);
-  if (collective_.world() == 1) return bucket.grad();
-  const std::string what = "all-gather of the gradients of " + bucket.name();
-  say(check, what);
-  at::Tensor& full = bucket.grad_full;  // kept: a new one every step would be page faults
-  if (!full.defined()) {
-    full = at::empty({bucket.flat().layout().padded()}, bucket.grad().options());
-  }
-  say(watch, what);
-  if (const Work work = collective_.all_gather(full, bucket.grad())) work->wait();
-  say(watch, "");
-  return full;
-}
-
 void Engine::gather_start(int64_t number) {
   const at::NoGradGuard no_grad;
   Bucket& bucket = *buckets_.at(number);
-  if (bucket.flat().whole() || bucket.gather_started) return;
+  if (bucket.flat().whole() || bucket.gathers_params()) return;
   say(check, "all-gather of " + bucket.name());
   bucket.flat().allocate();
-  bucket.gather_source = bucket.flat().shard().to(bucket.flat().full().device(), true);
-  bucket.gathering = collective_.all_gather(bucket.flat().full(), bucket.gather_source);
-  bucket.gather_started = true;
+  bucket.gather_params(collective_, exact);
 }
 
 void Engine::gather_wait(int64_t number) {
+  const at::NoGradGuard no_grad;
   Bucket& bucket = *buckets_.at(number);
   if (bucket.flat().whole()) return;
   gather_start(number);
-  wait_gather(bucket);
+  wait_params(bucket);
   bucket.flat().show();
 }
 
 void Engine::release(int64_t number) {
+  const at::NoGradGuard no_grad;
   Bucket& bucket = *buckets_.at(number);
-  if (!bucket.flat().whole() && !bucket.gather_started) return;
-  wait_gather(bucket);
+  if (!bucket.flat().whole() && !bucket.gathers_params()) return;
+  if (bucket.gathers_params()) wait_params(bucket);
   bucket.flat().release();
 }
 
-void Engine::wait_gather(Bucket& bucket) {
-  if (bucket.gathering) {
-    say(watch, "all-gather of " + bucket.name());
-    bucket.gathering->wait();
-    say(watch, "");
-  }
-  bucket.gathering.reset();
-  bucket.gather_source.reset();
-  bucket.gather_started = false;
+void Engine::wait_params(Bucket& bucket) {
+  say(watch, "all-gather of " + bucket.name());
+  bucket.wait_params();
+  say(watch, "");
 }
 
 void Engine::publish() {
@@ -180,10 +171,10 @@ void Engine::publish() {
   for (const int64_t number : order_) {
     Bucket& bucket = *buckets_[number];
     say(check, "all-gather of " + bucket.name());
-    bucket.gathering = collective_.all_gather(bucket.flat().full(), bucket.flat().shard());
+    bucket.gather_params(collective_, exact);
   }
   for (const int64_t number : order_) {
-    wait_gather(*buckets_[number]);
+    wait_params(*buckets_[number]);
     buckets_[number]->flat().bump();
   }
 }

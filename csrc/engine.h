@@ -18,15 +18,6 @@
 
 namespace fastllm {
 
-struct EngineOptions {
-  std::string wire = "same";
-  double scale = 1.0;
-  bool native = false;
-  bool release = false;
-  bool host_shards = false;
-  int64_t in_flight = 2;
-};
-
 // Hears what is about to be launched or waited for; empty: a wait is over.
 using Listener = std::function<void(const std::string&)>;
 
@@ -45,7 +36,6 @@ class Engine {
   void close_round();
   std::pair<double, std::vector<std::pair<int64_t, int64_t>>> finish();
   void zero();
-  at::Tensor gather_grad(int64_t number);
 
   void gather_start(int64_t number);
   void gather_wait(int64_t number);
@@ -54,6 +44,7 @@ class Engine {
   void close();
 
   bool local = false;
+  bool exact = false;
   Listener check;
   Listener watch;
 
@@ -62,7 +53,8 @@ class Engine {
   void launch_ready();
   void launch(int64_t number);
   void land();
-  void wait_gather(Bucket& bucket);
+  void wait_params(Bucket& bucket);
+  void wait_grad(Bucket& bucket);
   void say(const Listener& listener, const std::string& what) const;
 
   using NodePointer = decltype(torch::autograd::impl::grad_accumulator(at::Tensor()));

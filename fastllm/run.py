@@ -222,7 +222,8 @@ class _Run:
         self.zero = None
         if world.size > 1:
             self.zero = zero.shard(
-                self.model, stage=dist.zero, mesh=world, wire_dtype=dist.wire_dtype, average=False,
+                self.model, stage=dist.zero, mesh=world, wire_dtype=dist.wire_dtype,
+                param_wire_dtype=dist.param_wire_dtype, average=False,
                 bucket_mb=dist.bucket_mb, offload=dist.offload, prefetch=dist.prefetch,
                 check=dist.check, backend=dist.engine, device=device,
                 fill_parameter=filler(self.model, drawn) if apart else None)
@@ -296,18 +297,28 @@ class _Run:
 
     def end(self) -> dict[str, Any]:
         """The summary, after what only all ranks together can do for it."""
-        progress, last = self.trainer.progress, None
-        if progress.step >= self.total_steps and len(self.held) and self.settings.eval.every:
-            # A run resumed at its end trains no step, and so has no evaluation yet.
-            last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+        last, written = None, None
+        if self.finished:
+            if len(self.held) and self.settings.eval.every:
+                # A run resumed at its end trains no step, and so has no evaluation yet.
+                last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+            if self.zero and self.zero.stage == 3:
+                # No rank can run the model alone: each draws the same tokens.
+                written = self.continuations()
+                self.zero.reshard()
         summary: dict[str, Any] = {}
 
         def finish() -> None:
             self.write_dispatch()
-            summary.update(self.finish(last))
+            summary.update(self.finish(last, written))
 
         self.world.first_alone("finish", finish)
         return summary
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps have been made."""
+        return self.trainer.progress.step >= self.total_steps
 
     def write_inputs(self) -> None:
         """config.yaml, environment.json, dispatch.json, tokenizer.json and the data's account."""
@@ -324,34 +335,35 @@ class _Run:
             op: {"backend": backend, "reason": reason}
             for op, (backend, reason) in ops.dispatch(self.device).items()})
 
-    def finish(self, last: dict[str, Any] | None) -> dict[str, Any]:
+    def finish(self, last: dict[str, Any] | None,
+               written: list[dict[str, str]] | None) -> dict[str, Any]:
         """The summary, with the last evaluation; where the run came to its end also xz's figure,
-        continuations and model/."""
+        continuations (those written already, in stage 3) and model/."""
         progress = self.trainer.progress
         summary: dict[str, Any] = {
             "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
             "skipped_steps": progress.skipped, "seconds": progress.seconds,
             "parameters": num_parameters(self.settings.model),
             "stopped_by": self.trainer.stopped_by,
-            "best_step": progress.best_step, "finished": progress.step >= self.total_steps,
+            "best_step": progress.best_step, "finished": self.finished,
         }
+        if self.zero:
+            summary["sent_bytes"] = self.zero.sent_bytes  # by this rank, in this process
         joules = self.trainer.monitor.energy_joules()
         here = progress.tokens - self.tokens_before  # the monitor knows this process only
         if joules is not None and here:
             summary["joules_per_token"] = joules / here
-        if summary["finished"]:
+        if self.finished:
             if last:
                 summary |= {key: value for key, value in last.items() if key != "step"}
                 summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
             target, tokenizer = self.folder / "model", self.prepared.tokenizer
-            if self.settings.dist.zero == 3 and self.zero:
+            summary["continuations"] = self.continuations() if written is None else written
+            if self.zero and self.zero.stage == 3:
                 # No rank has the whole model; the last checkpoint has, on the disk.
-                print(f"stage 3: fastllm-train generate {self.folder} continues texts")
                 saved = checkpoint.load(checkpoint.steps(self.folder / "checkpoints")[-1])
                 export_checkpoint(saved, self.settings.model, target, tokenizer=tokenizer)
-                summary["continuations"] = []
             else:
-                summary["continuations"] = self.continuations()
                 export(self.model, target, tokenizer=tokenizer)
         _json(self.folder / "summary.json", summary)
         return summary

@@ -33,13 +33,13 @@ def engine(backend: str, world: World, options: Options,
     order.
     """
     built = _cpp()
-    if options.wire == "int8" and is_native(world):
+    if "int8" in (options.wire, options.param_wire) and is_native(world):
         built = None  # its int8 is for CPUs; the one in PyTorch runs on a GPU
     if backend not in ("auto", "cpp", "python"):
         raise UserError(f"zero: backend is {backend!r}, use auto, cpp or python")
     if backend == "cpp" and built is None:
         raise UserError("zero: backend cpp needs the C++ extension (fastllm-train info says what "
-                        "is missing), and on GPUs another wire_dtype than int8")
+                        "is missing), and on GPUs no int8")
     reduce_group = world.group
     if new_group and world.size > 1:
         ranks = dist.get_process_group_ranks(world.group)

@@ -14,6 +14,9 @@ class DistConfig:
     wire_dtype: Literal["same", "fp32", "bf16", "int8"] = "same"
     """Of gradients between ranks: the parameters' own, or another; sums are made in fp32. int8 has
     a scale for 256 elements and carries its rounding over to the next step."""
+    param_wire_dtype: Literal["same", "int8"] = "same"
+    """Of parameters between ranks in stage 3: as they are, or rounded to int8 on the way to a
+    forward or backward; shards and checkpoints stay exact."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """optimizer: states, masters and their update live on the CPU; all: in stage 3 also the shards
     of the parameters."""

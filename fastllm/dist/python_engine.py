@@ -19,6 +19,9 @@ from fastllm.dist.int8 import dequantize_int8, quantize_int8
 from fastllm.dist.mesh import all_gather, reduce_scatter
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
 
+GATHER_TAG = 7771
+"""Of messages between two ranks: one that programs of their own are unlikely to use."""
+
 IN_FLIGHT = 2
 """Reduce-scatters under way while backward goes on: each holds two buffers of a bucket's size."""
 
@@ -27,19 +30,35 @@ IN_FLIGHT = 2
 class Options:
     """How the engine exchanges gradients.
 
-    wire: dtype on the wire: "same" as the parameter, or "fp32", "bf16", "int8".
+    wire: dtype of gradients on the wire: "same" as the parameter, or "fp32", "bf16", "int8".
+    param_wire: of parameters: "same", or, with release, "int8".
     scale: what every sum over ranks is multiplied by.
     native: reduce in the process group (NCCL); else all-to-all and a sum in fp32 here.
+    gather_grads: the sums go to all ranks as soon as they are made (stage 0).
     release: parameters are gathered and released (stage 3); else whole at all times.
     host_shards: with release, shards of parameters are on the CPU until they are gathered.
     """
 
     wire: str = "same"
+    param_wire: str = "same"
     scale: float = 1.0
     native: bool = False
+    gather_grads: bool = False
     release: bool = False
     host_shards: bool = False
     in_flight: int = IN_FLIGHT
+
+
+@dataclass
+class Gather:
+    """An all-gather under way; it keeps what is sent alive."""
+
+    works: list[Any]
+    sent: Tensor
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 @dataclass
@@ -59,8 +78,10 @@ class Bucket:
     """Of each parameter in the buffer that is sent."""
     grad: Tensor | None = None
     """(shard,) the summed gradients of this rank's part, fp32 (fp64 for fp64 parameters)."""
-    grad_full: Tensor | None = None
-    """(padded,) the sums of all ranks, where they are gathered (stage 0)."""
+    whole_grad: Tensor | None = None
+    """(padded,) the sums of all ranks, where they are gathered; `grad` is a part of it then."""
+    grad_gather: Gather | None = None
+    """Under way."""
     error: Tensor | None = None
     """(padded,) fp32: what int8 left unsent so far."""
     summed: bool = False
@@ -74,8 +95,10 @@ class Bucket:
     """Parameters that had a gradient in this step."""
     buffer: Tensor | None = None
     whole: bool = True
-    gathering: Any = None
-    """(what to wait for, what must live until then) of an all-gather under way."""
+    gathering: Gather | None = None
+    """The all-gather of the parameters, under way."""
+    narrow: Tensor | None = None
+    """The parameters in int8 while they come."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -101,6 +124,8 @@ class PythonEngine:
         self.watch = watch or (lambda what: None)
         self.local = False
         """Whether gradients stay here, to be exchanged with those of a later micro-batch."""
+        self.exact = False
+        """Whether parameters are gathered as they are even if param_wire is int8."""
         self.check: Callable[[str], None] | None = None
         """Called with what is about to be launched."""
         self.sent_bytes = 0
@@ -152,8 +177,13 @@ class PythonEngine:
         bucket.runs = [[] for _ in bucket.params]
         for run in runs(bucket.layout, order):
             bucket.runs[run.parameter].append(run)
-        bucket.grad = torch.zeros(bucket.layout.shard, dtype=wide(first.dtype),
-                                  device=first.device)
+        place = bucket.layout
+        bucket.grad = torch.zeros(
+            place.padded if self.options.gather_grads else place.shard, dtype=wide(first.dtype),
+            device=first.device)
+        if self.options.gather_grads:
+            bucket.whole_grad = bucket.grad
+            bucket.grad = bucket.grad[self.rank * place.shard:(self.rank + 1) * place.shard]
         if self.options.wire == "int8":
             bucket.error = torch.zeros(bucket.layout.padded, device=first.device)
         self._order.append(number)
@@ -178,6 +208,12 @@ class PythonEngine:
     def grad(self, number: int) -> Tensor:
         """(shard,) this rank's part of a bucket's gradients, after `finish`."""
         grad = self._buckets[number].grad
+        assert grad is not None
+        return grad
+
+    def whole_grad(self, number: int) -> Tensor:
+        """(padded,) a bucket's gradients, after `finish`; with gather_grads."""
+        grad = self._buckets[number].whole_grad
         assert grad is not None
         return grad
 
@@ -273,6 +309,7 @@ class PythonEngine:
         """Wait for the oldest reduce-scatter and sum what came."""
         number, work, buffer, received = self._flying.popleft()
         bucket = self._buckets[number]
+        self._await_grad(bucket)  # of an earlier micro-batch
         self.watch(f"reduce-scatter of {bucket.name}")
         if work is not None:
             work.wait()
@@ -298,6 +335,20 @@ class PythonEngine:
         bucket.summed = True
         if bucket.grad.device.type == "cpu":
             bucket.square = float(bucket.grad.double().square().sum())
+        if self.options.gather_grads:
+            if self.check:
+                self.check(f"all-gather of the gradients of {bucket.name}")
+            assert bucket.whole_grad is not None
+            bucket.grad_gather = self._all_gather(bucket.whole_grad, bucket.grad)
+            if not self.options.in_flight:
+                self._await_grad(bucket)
+
+    def _await_grad(self, bucket: Bucket) -> None:
+        if bucket.grad_gather is not None:
+            self.watch(f"all-gather of the gradients of {bucket.name}")
+            bucket.grad_gather.wait()
+            bucket.grad_gather = None
+            self.watch(None)
 
     @torch.no_grad()
     def complete(self, number: int) -> None:
@@ -341,6 +392,8 @@ class PythonEngine:
         while self._flying:
             self._land()
         buckets = [(number, self._buckets[number]) for number in self._order]
+        for _, bucket in buckets:
+            self._await_grad(bucket)
         unused = [(number, i) for number, bucket in buckets
                   for i, param in enumerate(bucket.params)
                   if param.numel() and i not in bucket.reached]
@@ -361,23 +414,6 @@ class PythonEngine:
                 param.grad = None
         self._rounds = 0
 
-    @torch.no_grad()
-    def gather_grad(self, number: int) -> Tensor:
-        """(padded,) a bucket's summed gradients, whole (stage 0)."""
-        bucket = self._buckets[number]
-        assert bucket.grad is not None
-        if self.world == 1:
-            return bucket.grad
-        if self.check:
-            self.check(f"all-gather of the gradients of {bucket.name}")
-        if bucket.grad_full is None:
-            bucket.grad_full = bucket.grad.new_empty(bucket.layout.padded)
-        full = bucket.grad_full
-        self.watch(f"all-gather of the gradients of {bucket.name}")
-        self._all_gather(full, bucket.grad).wait()
-        self.watch(None)
-        return full
-
     # -------------------------------------------------------------------------------- parameters
 
     @torch.no_grad()
@@ -390,9 +426,16 @@ class PythonEngine:
             self.check(f"all-gather of {bucket.name}")
         size = bucket.layout.padded * bucket.full.element_size()
         bucket.full.untyped_storage().resize_(size)
-        source = bucket.shard.to(bucket.full.device, non_blocking=True)
-        bucket.gathering = self._all_gather(bucket.full, source), source
+        shard = bucket.shard.to(bucket.full.device, non_blocking=True)
+        if self.options.param_wire != "int8" or self.exact:
+            bucket.gathering = self._all_gather(bucket.full, shard)
+            return
+        # What is sent in int8 is what every rank computes with, this one too.
+        narrow = quantize_int8(shard)
+        bucket.narrow = narrow.new_empty(narrow.numel() * self.world)
+        bucket.gathering = self._all_gather(bucket.narrow, narrow)
 
+    @torch.no_grad()
     def gather_wait(self, number: int) -> None:
         """Make a bucket's parameters whole."""
         bucket = self._buckets[number]
@@ -404,6 +447,7 @@ class PythonEngine:
         for param, begin in zip(bucket.params, bucket.layout.begins, strict=True):
             param.data = bucket.full[begin:begin + param.numel()].view(param.shape)
 
+    @torch.no_grad()
     def release(self, number: int) -> None:
         """Give the memory of a bucket's whole parameters back. They read as NaN until gathered."""
         bucket = self._buckets[number]
@@ -429,7 +473,7 @@ class PythonEngine:
         for bucket in trainable:
             if self.check:
                 self.check(f"all-gather of {bucket.name}")
-            bucket.gathering = self._all_gather(bucket.full, bucket.shard), bucket.shard
+            bucket.gathering = self._all_gather(bucket.full, bucket.shard)
         for bucket in trainable:
             self._await(bucket)
             torch.autograd.graph.increment_version(bucket.params)
@@ -437,25 +481,34 @@ class PythonEngine:
     def _await(self, bucket: Bucket) -> None:
         self.watch(f"all-gather of {bucket.name}")
         if bucket.gathering is not None:
-            bucket.gathering[0].wait()
+            bucket.gathering.wait()
         bucket.gathering = None
         self.watch(None)
+        if bucket.narrow is not None:
+            bucket.full.copy_(dequantize_int8(bucket.narrow))
+            bucket.narrow = None
 
-    def _all_gather(self, full: Tensor, shard: Tensor) -> Any:
-        if self.world == 1 or not shard.numel():
-            if full.data_ptr() != shard.data_ptr():
-                full.copy_(shard)
-            return _Done()
+    def _all_gather(self, full: Tensor, shard: Tensor) -> Gather:
+        """full <- the shards of all ranks. shard may be this rank's part of it."""
+        if not shard.numel():
+            return Gather([], shard)
         self.sent_bytes += shard.numel() * (self.world - 1) * shard.element_size()
-        return all_gather(full, shard, self.gather_group, async_op=True)
+        if self.options.native and self.world > 1:
+            return Gather([all_gather(full, shard, self.gather_group, async_op=True)], shard)
+        # As csrc/collective.cpp: messages between two ranks arrive in the order they are sent in.
+        works, parts = [], full.chunk(self.world)
+        for rank, part in enumerate(parts):
+            if rank != self.rank:
+                works.append(dist.irecv(part, group=self.gather_group, group_src=rank,
+                                        tag=GATHER_TAG))
+            elif part.data_ptr() != shard.data_ptr():
+                part.copy_(shard)
+        works += [dist.isend(shard, group=self.gather_group, group_dst=rank, tag=GATHER_TAG)
+                  for rank in range(self.world) if rank != self.rank]
+        return Gather(works, shard)
 
     def close(self) -> None:
         """Remove the hooks. Parameters stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-class _Done:
-    def wait(self) -> None:
-        """Nothing was sent."""

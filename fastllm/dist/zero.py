@@ -33,7 +33,7 @@ from fastllm.dist.buckets import (
     materialize_buffers,
     same_models,
 )
-from fastllm.dist.mesh import World
+from fastllm.dist.mesh import World, of_group
 from fastllm.dist.partition import Run, runs
 from fastllm.dist.python_engine import IN_FLIGHT, Options, to_host
 from fastllm.dist.units import Schedule
@@ -43,6 +43,7 @@ from fastllm.pieces import Piece
 
 STAGES = (0, 1, 2, 3)
 WIRES = ("same", "fp32", "bf16", "int8")
+PARAM_WIRES = ("same", "int8")
 OFFLOADS = ("none", "optimizer", "all")
 
 
@@ -75,7 +76,7 @@ class Agreed(Settled):
 
 
 def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "same",
-          average: bool = True, bucket_mb: float = 25.0,
+          param_wire_dtype: str = "same", average: bool = True, bucket_mb: float = 25.0,
           offload: Literal["none", "optimizer", "all"] = "none",
           units: Iterable[nn.Module] | None = None, prefetch: bool = True, overlap: bool = True,
           check: bool = False,
@@ -91,6 +92,9 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
         wire_dtype: of gradients between ranks: "same" as the parameter's, "fp32", "bf16", or
             "int8" with a scale for 256 elements and error feedback (4 bytes an element of memory).
             Whatever it is, they are summed in fp32.
+        param_wire_dtype: of parameters between ranks, in stage 3: "same", or "int8", a quarter of
+            fp32's bytes. The shards stay exact, and are what is trained and saved; what a forward
+            and a backward compute with is rounded, alike on every rank.
         average: divide gradients by the number of ranks, as DDP does; False sums.
         bucket_mb: MB of gradients in a bucket, below stage 3. (In stage 3 a unit is a bucket.)
         offload: "optimizer": masters, optimizer states and their step are on the CPU; "all" (stage
@@ -114,6 +118,7 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
             fp16 and fp64.
     """
     for name, value, allowed in (("stage", stage, STAGES), ("wire_dtype", wire_dtype, WIRES),
+                                 ("param_wire_dtype", param_wire_dtype, PARAM_WIRES),
                                  ("offload", offload, OFFLOADS)):
         if value not in allowed:
             raise UserError(f"zero: {name} is {value!r}, use one of "
@@ -123,13 +128,12 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
     if stage < 3 and offload == "all":
         raise UserError("zero: offload all needs stage 3: below, parameters are not in shards; use "
                         "optimizer")
-    return Zero(model, stage, _world(mesh), average=average, wire=wire_dtype, bucket_mb=bucket_mb,
-                offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check,
+    if stage < 3 and param_wire_dtype != "same":
+        raise UserError("zero: param_wire_dtype int8 needs stage 3: below, every rank's parameters "
+                        "are whole, and would be rounded for good")
+    return Zero(model, stage, of_group(mesh), average=average, wire=wire_dtype,
+                param_wire=param_wire_dtype, bucket_mb=bucket_mb, offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check,
                 backend=backend, fill_parameter=fill_parameter, device=device, watch=watch)
-
-
-def _world(group: Any) -> World:
-    return mesh.of_group(group)
 
 
 class Zero:
@@ -137,7 +141,7 @@ class Zero:
     update of `pieces` with `gradients`, `publish`; `ZeroOptimizer` does the last four."""
 
     def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
-                 bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
+                 param_wire: str, bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
                  overlap: bool, check: bool, backend: str,
                  fill_parameter: Callable[[str, Tensor], None] | None, device: torch.device | None,
                  watch: Callable[[str | None], None] | None) -> None:
@@ -149,8 +153,9 @@ class Zero:
         found, groups = group_parameters(model, stage, bucket_mb, units)
         scale = 1.0 / world.size if average else 1.0
         self._engine = collectives.engine(backend, world, Options(
-            wire=wire, scale=scale, native=collectives.is_native(world), release=stage == 3,
-            host_shards=offload == "all", in_flight=IN_FLIGHT if overlap else 0), self.watch, new_group=stage == 3)
+            wire=wire, param_wire=param_wire, scale=scale, native=collectives.is_native(world),
+            gather_grads=stage == 0, release=stage == 3, host_shards=offload == "all",
+            in_flight=IN_FLIGHT if overlap else 0), self.watch, new_group=stage == 3)
         if check:
             self._engine.check = self._same_collective
         self._buckets: list[_Bucket] = []
@@ -169,7 +174,6 @@ class Zero:
             ((self._index[bucket.names[run.parameter]], bucket, run)
              for bucket in self._trainable for run in bucket.owned),
             key=lambda item: (item[0], item[2].offset))
-        self._whole: dict[int, Tensor] = {}
         self._host = self._on_host() if offload != "none" else None
 
     # ------------------------------------------------------------------------------ construction
@@ -243,18 +247,16 @@ class Zero:
             self.watch(None)
         norm = table[:, 0].sum().sqrt()
         norm = torch.where((table[:, 1] >= 0).any(), torch.nan, norm).float()
-        self._collect_gradients()
+        self._gradients_to_host()
         return Agreed(norm, table[:, 2:].sum(0), table[:, 1], self._name_of)
 
-    def _collect_gradients(self) -> None:
-        if self.stage == 0:
-            self._whole = {bucket.number: self._engine.gather_grad(bucket.number)
-                           for bucket in self._trainable}
-        elif self._host is not None:
-            for number, (_, grad) in self._host.items():
-                grad.copy_(self._engine.grad(number), non_blocking=True)
-            if self._trainable[0].params[0].is_cuda:
-                torch.cuda.current_stream().synchronize()
+    def _gradients_to_host(self) -> None:
+        if self._host is None:
+            return
+        for number, (_, grad) in self._host.items():
+            grad.copy_(self._engine.grad(number), non_blocking=True)
+        if self._trainable[0].params[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
 
     def gradients(self) -> list[Tensor]:
         """The summed gradients of `pieces`, in their order, fp32; after `settle`."""
@@ -264,7 +266,7 @@ class Zero:
                 layout = self._engine.layout(bucket.number)
                 for name, param, begin in zip(bucket.names, bucket.params, layout.begins,
                                               strict=True):
-                    flat = self._whole[bucket.number][begin:begin + param.numel()]
+                    flat = self._engine.whole_grad(bucket.number)[begin:begin + param.numel()]
                     found[self._index[name]] = flat.view(param.shape)
             return [found[i] for i in sorted(found)]
         return [self._part(bucket, run, gradient=True) for _, bucket, run in self._own]
@@ -327,7 +329,6 @@ class Zero:
     def zero(self) -> None:
         """Forget the gradients: the next step begins."""
         self._engine.zero()
-        self._whole = {}
 
     def loaded(self) -> None:
         """After `model_pieces` were filled from outside: every rank's parameters follow."""
@@ -354,13 +355,20 @@ class Zero:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within: every parameter is whole on every rank, for whatever is not a forward."""
-        if self._schedule:
-            self._schedule.gather()
+        """Within: every parameter is whole and exact on every rank, for whatever is not a forward.
+        """
+        self._gather_exactly()
         try:
             yield
         finally:
             self.reshard()
+
+    def _gather_exactly(self) -> None:
+        if self._schedule:
+            self._schedule.release()  # what is whole may have come in int8
+            self._engine.exact = True
+            self._schedule.gather()
+            self._engine.exact = False
 
     def reshard(self) -> None:
         """Stage 3: give back what is whole, after an evaluation for example."""
@@ -383,8 +391,8 @@ class Zero:
 
     def close(self) -> None:
         """Take the hooks off the model; its parameters are whole again and stay so."""
+        self._gather_exactly()
         if self._schedule:
-            self._schedule.gather()
             self._schedule.close()
         self._engine.close()
 

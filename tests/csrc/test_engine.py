@@ -67,6 +67,54 @@ def test_gradients_are_the_oracles(dtype, wire):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("in_flight", [0, 2])
+def test_gradients_are_gathered_where_every_rank_needs_them(in_flight):
+    """Parameters at their places in the bucket, `grad` a part of it; three rounds are added up."""
+    options = Options(gather_grads=True, in_flight=in_flight)
+    for engine, params, buckets in engines(torch.float32, options):
+        expected = parameters(torch.float32)
+        for round_ in range(3):
+            backward(params, round_)
+            backward(expected, round_)
+        engine.finish()
+        for number, mine in zip(buckets, (expected[3:], expected[:3]), strict=True):
+            whole = engine.whole_grad(number)
+            assert engine.grad(number).data_ptr() == whole.data_ptr()
+            for param, begin in zip(mine, engine.layout(number).begins, strict=True):
+                found = whole[begin:begin + param.numel()].view(param.shape)
+                assert torch.allclose(found, param.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_parameters_travel_in_int8(dtype):
+    """Both engines' the same; off by half a step of a block's scale at most; exact on demand, and
+    the shard is never rounded."""
+    found = []
+    for engine, params, buckets in engines(dtype, Options(release=True, param_wire="int8")):
+        expected = parameters(dtype)
+        for exact in (False, True, False):
+            engine.exact = exact
+            for number in buckets:
+                engine.gather_start(number)
+                engine.gather_wait(number)
+            for param, true in zip(params, expected, strict=True):
+                if exact:
+                    assert torch.equal(param, true)
+                elif true.numel():
+                    apart, most = (param - true).abs().max(), true.abs().max()
+                    assert apart <= (0.51 / 127 + torch.finfo(dtype).eps) * most
+                    assert apart > 0 or true.numel() == 1
+            if not exact:
+                found.append([param.detach().clone() for param in params])
+            for number in buckets:
+                engine.release(number)
+        held = torch.cat([engine.shard(number) for number in buckets])
+        assert torch.equal(held[held != 0].sort()[0],
+                           torch.cat([p.detach().flatten() for p in expected]).sort()[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_unused_parameters_are_listed():
     for engine, params, buckets in engines(torch.float32, Options()):
         backward(params, 1, skip=(2, 4))

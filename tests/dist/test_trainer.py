@@ -1,5 +1,6 @@
 """The trainer on several ranks: bitwise resume, other numbers of ranks, kills, signals, peers."""
 
+import json
 import random
 import re
 import signal
@@ -54,17 +55,23 @@ def test_resume_is_bitwise_at_eighty_points(ranks, tmp_path):
 
 def test_stages_train_to_the_same_state(job, tmp_path):
     """Weights, masters and states of stages 1 to 3, one micro-batch a step: the same hashes; and
-    the export of stage 3, made from the checkpoint, is that of stage 1, to the byte."""
-    hashes, exports = [], []
+    the export of stage 3, made from the checkpoint, is that of stage 1, to the byte; so are the
+    texts that all ranks write together there."""
+    hashes, exports, texts = [], [], []
     for stage in (1, 2, 3):
         folder = run_folder(tmp_path / str(stage))
         pretrain(job, 2, tiny_arguments(folder, **{
-            "train.steps": 4, "train.grad_accum": 1, "train.dtype": "bf16", "dist.zero": stage}))
+            "train.steps": 4, "train.grad_accum": 1, "train.dtype": "bf16", "dist.zero": stage,
+            "eval.new_tokens": 4}))
         state = checkpoint.newest(folder / "run" / "checkpoints").state
         hashes.append(state["part_hashes"])
         exports.append((folder / "run" / "model" / "model.safetensors").read_bytes())
+        summary = json.loads((folder / "run" / "summary.json").read_text())
+        texts.append(summary["continuations"])
+        assert summary["sent_bytes"] > 0
     assert hashes[0] == hashes[1] == hashes[2]
     assert exports[0] == exports[1] == exports[2]
+    assert texts[0] == texts[1] == texts[2] != []
 
 
 LEGS = ((1, 0), (2, 2), (4, 3), (1, 0))

@@ -7,6 +7,8 @@ import torch
 from sharded_runs import alone, make
 
 from fastllm import cpu
+from fastllm.config import UserError
+from fastllm.dist import zero
 
 ENGINES = ["python"] + (["cpp"] if cpu.available() else [])
 ACCUM, TOKENS = (1, 2, 4, 8), ("even", "uneven", "one rank none", "none")
@@ -72,6 +74,7 @@ def test_twenty_steps_equal_one_process(ranks, backend):
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="the C++ extension was not built")
 @pytest.mark.parametrize("options", [{}, {"wire_dtype": "bf16"}, {"wire_dtype": "int8"},
+                                     {"wire_dtype": "int8", "param_wire_dtype": "int8"},
                                      {"offload": "all"}, {"overlap": False, "prefetch": False}],
                          ids=str)
 @pytest.mark.parametrize("stage", [2, 3])
@@ -79,7 +82,9 @@ def test_engines_overlap_and_offload_give_the_same_bits(ranks, stage, options):
     """C++ and Python, with and without overlap, states here or on the CPU: one result a wire."""
     if stage < 3 and options.get("offload") == "all":
         options = {"offload": "optimizer"}
-    wire = {key: options[key] for key in options if key == "wire_dtype"}
+    if stage < 3:
+        options = {key: value for key, value in options.items() if key != "param_wire_dtype"}
+    wire = {key: options[key] for key in options if "wire" in key}
     results = [ranks(2, f"{RUNS}:train", stage, 4, "bfloat16", {**chosen, "backend": backend},
                      ADAMW, 2)[0][0]
                for backend, chosen in (("python", wire), ("cpp", options))]
@@ -135,6 +140,29 @@ def test_int8_sends_a_quarter_and_trains_as_well(ranks):
                 for name, w in make().named_parameters() if w.numel())
     assert 0 < distance("bf16") < 0.1 * moved
     assert 0 < distance("int8") < 0.3 * moved
+
+
+def test_int8_parameters_send_less_and_train_as_well(ranks):
+    """Stage 3: what is trained and read whole stays exact, what travels is int8."""
+    runs = {wire: ranks(2, f"{RUNS}:train", 3, 20, "float32", {"param_wire_dtype": wire}, ADAMW)
+            for wire in ("same", "int8")}
+    assert runs["int8"][0][3] < 0.75 * runs["same"][0][3]  # gradients travel as before
+    for name, weight in runs["same"][0][0].items():
+        assert torch.equal(runs["int8"][0][0][name], runs["int8"][1][0][name])
+        if weight.numel():
+            moved = (weight - dict(make().named_parameters())[name]).abs().max()
+            assert (runs["int8"][0][0][name] - weight).abs().max() <= 0.5 * moved + 1e-6
+
+
+def test_int8_parameters_need_stage_3():
+    with pytest.raises(UserError, match="param_wire_dtype int8 needs stage 3"):
+        zero.shard(make(), stage=2, param_wire_dtype="int8")
+
+
+def test_many_backwards_without_no_sync_add_up(ranks):
+    """Stage 0 gathers each round's sums; the last ones are those of the step."""
+    one, two = (ranks(2, f"{RUNS}:rounds", sync)[0] for sync in (False, True))
+    assert differ(two, one) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", ENGINES)

@@ -1,7 +1,7 @@
 """What the tests of fastllm.dist run on every rank; each function is called in a fresh process."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -158,6 +158,18 @@ def alone(steps, dtype, optim, accum=1):
         optimizer.applied(True)
         model.zero_grad()
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def rounds(sync):
+    """Stage 0: the gradients of three backwards, exchanged each time or only at the end."""
+    with mesh.world("cpu", timeout=60) as world:
+        model = make()
+        engine = zero.shard(model, stage=0, bucket_mb=0.004)
+        for step in range(3):
+            ids, labels = batches(step, 4, "even")
+            with nullcontext() if sync or step == 2 else engine.no_sync():
+                loss_of(model, ids, labels).backward()
+        return whole_gradients(engine, world)
 
 
 def exact_steps(stage, world_size, options):
