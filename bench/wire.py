@@ -57,8 +57,9 @@ def measure(steps: int) -> dict[str, Any]:
             **{key: summary[key] for key in ("val_loss", "val_bpb", "parameters", "tokens")}}
         gap = summary["val_loss"] - results["fp32"]["val_loss"]
         results[name]["loss_gap"] = gap
-        print(f"{name:30} {results[name]['sent_bytes_a_step'] / 1e6:8.1f} MB a step   held-out loss "
-              f"{summary['val_loss']:.4f} ({gap:+.4f})", flush=True)
+        sent = results[name]["sent_bytes_a_step"] / 1e6
+        print(f"{name:30} {sent:8.1f} MB a step   held-out loss {summary['val_loss']:.4f} "
+              f"({gap:+.4f})", flush=True)
     return {"bench": "wire", "world": WORLD, "stage": 3, "steps": steps, **environment(1),
             "results": results}
 
