@@ -288,8 +288,12 @@ def peak_rss() -> int:
 
 
 def scatter(task: dict[str, Any], rank: int) -> Callable[[str], dict[str, Any]]:
-    """Answers "gloo" and "ours", a reduce-scatter each, and "error gloo" and "error ours"."""
+    """Answers "gloo" and "ours", a reduce-scatter each, and "error gloo" and "error ours".
+
+    Ours is a bucket's way through the engine: packed, exchanged, summed in fp32.
+    """
     from fastllm.dist import collectives, mesh
+    from fastllm.dist.python_engine import Options
 
     dtype, world, size = getattr(torch, task["dtype"]), task["world"], task["elements"]
 
@@ -297,9 +301,20 @@ def scatter(task: dict[str, Any], rank: int) -> Callable[[str], dict[str, Any]]:
         return torch.randn(size, generator=torch.Generator().manual_seed(of)).to(dtype)
 
     mine, part = given(rank), slice(rank * size // world, (rank + 1) * size // world)
-    narrow, wide = torch.empty(size // world, dtype=dtype), torch.empty(size // world)
+    narrow, parameter = torch.empty(size // world, dtype=dtype), torch.zeros(size, dtype=dtype)
+    parameter.requires_grad_()
+    engine = collectives.engine("auto", mesh.of_group(), Options(), lambda what: None,
+                                new_group=False)
+    bucket = engine.add("bucket", [parameter], True)
+
+    def exchange() -> None:
+        parameter.grad = mine
+        engine.complete(bucket)
+        engine.finish()
+        engine.zero()
+
     runs = {"gloo": (partial(dist.reduce_scatter_single, narrow, mine.clone()), narrow),
-            "ours": (partial(collectives.reduce_scatter, wide, mine, mesh.of_group()), wide)}
+            "ours": (exchange, engine.grad(bucket))}
 
     def answer(line: str) -> dict[str, Any]:
         run, output = runs[line.split()[-1]]

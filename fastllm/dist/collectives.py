@@ -8,15 +8,11 @@ and each sums its own in fp32.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fastllm import cpu
 from fastllm.config import UserError
-from fastllm.dist import mesh
 from fastllm.dist.mesh import World
-from fastllm.dist.partition import ALIGN
 from fastllm.dist.python_engine import Options, PythonEngine
 
 
@@ -55,28 +51,3 @@ def _cpp() -> Any:
     from fastllm import _C
 
     return _C.Engine
-
-
-@torch.no_grad()
-def reduce_scatter(output: Tensor, whole: Tensor, world: World) -> None:
-    """output: (n,) fp32 (fp64 for fp64); whole: (world.size * n,): output becomes this rank's part
-    of the sum over ranks, added up in the output's dtype in order of rank."""
-    size, own = output.numel(), world.rank
-    if is_native(world) and whole.dtype == output.dtype:
-        mesh.reduce_scatter(output, whole, world.group)
-        return
-    before, mine, after = whole.split([own * size, size, (world.size - 1 - own) * size])
-    others = torch.cat([before, after]) if before.numel() and after.numel() else \
-        before if before.numel() else after
-    received = torch.empty_like(others)
-    if world.size > 1:
-        splits = [0 if rank == own else size for rank in range(world.size)]
-        dist.all_to_all_single(received, others, splits, splits, group=world.group)
-    if output.device.type == "cpu" and cpu.available() and size % ALIGN == 0:
-        torch.ops.fastllm_cpu.reduce_chunks_(output, mine, received, own, 1.0, False)
-        return
-    chunks = list(received.split(size)) if world.size > 1 else []
-    chunks.insert(own, mine)
-    output.copy_(chunks[0])
-    for chunk in chunks[1:]:
-        output.add_(chunk)
