@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fastllm.config import UserError
 from fastllm.dist.mesh import World
-from fastllm.dist.partition import fill
+from fastllm.dist.partition import Layout, Run, fill, layout, runs
 from fastllm.dist.units import Unit, find_units
+from fastllm.optim import Place
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,6 +24,19 @@ class Group:
     trainable: bool
     unit: Unit | None = None
 
+    def layout(self, world: int) -> Layout:
+        """Of the bucket over `world` ranks."""
+        return layout([param.numel() for param in self.params.values()], world)
+
+    def owned(self, rank: int, world: int) -> list[tuple[str, Run]]:
+        """By name, what one of `world` ranks owns, where it lies in that rank's shard."""
+        names = list(self.params)
+        found = [(names[run.parameter], run) for run in runs(self.layout(world), [rank])]
+        if rank == 0:  # a parameter without elements is the first rank's
+            found += [(name, Run(i, 0, 0, 0)) for i, (name, param)
+                      in enumerate(self.params.items()) if not param.numel()]
+        return found
+
 
 def group_parameters(model: nn.Module, stage: int, bucket_mb: float,
                      units: Iterable[nn.Module] | None = None) -> tuple[list[Unit], list[Group]]:
@@ -34,8 +48,8 @@ def group_parameters(model: nn.Module, stage: int, bucket_mb: float,
     named = dict(model.named_parameters())
     for name, param in named.items():
         if param.dtype not in DTYPES and (param.requires_grad or stage == 3):
-            raise UserError(f"zero: {name} is {param.dtype}; float32, bfloat16, float16 and float64 "
-                            "can be sharded")
+            raise UserError(f"zero: {name} is {param.dtype}; float32, bfloat16, float16 and "
+                            "float64 can be sharded")
     groups = []
     if stage < 3:
         trainable = {name: p for name, p in reversed(named.items()) if p.requires_grad}
@@ -50,6 +64,19 @@ def group_parameters(model: nn.Module, stage: int, bucket_mb: float,
         groups += [Group(chosen, next(iter(chosen.values())).requires_grad, unit)
                    for chosen in _by_kind(unit.params)]
     return found, groups
+
+
+def places(trained: Mapping[str, Tensor], pieces: Iterable[tuple[str, Run]]) -> dict[str, Place]:
+    """For an optimizer of pieces of parameters, at most one of each: where in the model they lie.
+
+    trained: the parameters that are trained, in the model's order.
+    """
+    starts, total = {}, 0
+    for name, param in trained.items():
+        starts[name] = total
+        total += param.numel()
+    return {name: Place(tuple(trained[name].shape), run.offset, starts[name] + run.offset)
+            for name, run in pieces}
 
 
 def _by_kind(params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -31,10 +31,11 @@ from fastllm.dist.buckets import (
     group_parameters,
     materialize,
     materialize_buffers,
+    places,
     same_models,
 )
 from fastllm.dist.mesh import World, of_group
-from fastllm.dist.partition import Run, runs
+from fastllm.dist.partition import Run
 from fastllm.dist.python_engine import IN_FLIGHT, Options, to_host
 from fastllm.dist.units import Schedule
 from fastllm.optim import OptimConfig, Settled, make_optimizer
@@ -183,9 +184,7 @@ class Zero:
         label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         params = list(group.params.values())
         number = self._engine.add(label, params, group.trainable)
-        owned = runs(self._engine.layout(number), [self.world.rank])
-        if self.world.first:  # a parameter without elements is the first rank's
-            owned += [Run(i, 0, 0, 0) for i, param in enumerate(params) if not param.numel()]
+        owned = [run for _, run in group.owned(self.world.rank, self.world.size)]
         self._buckets.append(_Bucket(number, names, params, owned, group.trainable))
         if group.unit is not None:
             (group.unit.trainable if group.trainable else group.unit.frozen).append(number)
@@ -307,14 +306,10 @@ class Zero:
         return found
 
     def places(self) -> dict[str, Place]:
-        """For an optimizer of `pieces`: where in the model each of them lies."""
-        starts, total = {}, 0
-        sizes = {name: param.numel() for name, param in self.model.named_parameters()}
-        for name in self._index:
-            starts[name] = total
-            total += sizes[name]
-        return {piece.name: Place(piece.shape, piece.offset, starts[piece.name] + piece.offset)
-                for piece in self.pieces()}
+        """For an optimizer of `pieces`, from stage 1 on: where in the model each of them lies."""
+        named = dict(self.model.named_parameters())
+        return places({name: named[name] for name in self._index},
+                      ((bucket.names[run.parameter], run) for _, bucket, run in self._own))
 
     def publish(self) -> None:
         """After the optimizer's update: the parameters of every rank follow their shards."""
