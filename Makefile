@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/zero.py
+	$(BIN)/python bench/wire.py
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/readme.py
 

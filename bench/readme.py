@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "distributed.md")
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -135,6 +135,18 @@ def zero(result: dict | None = None) -> str:
         text += "\n" + table(["reduce-scatter of 58 MB", "Gloo", "fastllm", "speed",
                               "largest error: Gloo", "fastllm"], wires)
     return text + _machine(result)
+
+
+def wire() -> str:
+    """What travels in stage 3 and what the held-out loss is then."""
+    result = load("cpu-2core/wire")
+    rows = [[name, f"{one['sent_bytes_a_step'] / 1e6:.1f} MB", f"{one['val_loss']:.4f}",
+             "" if name == "fp32" else f"{one['loss_gap']:+.4f}"]
+            for name, one in result["results"].items()]
+    size = result["results"]["fp32"]["parameters"] / 1e6
+    return table([f"stage 3, {result['world']} ranks, {size:.1f}M parameters in fp32, "
+                  f"{result['steps']} steps", "sent by a rank a step", "held-out loss",
+                  "from fp32's"], rows)
 
 
 def demo() -> str:
@@ -285,9 +297,9 @@ def audit() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    "train": train, "optim": optim, "attention": attention, "zero": zero, "demo": demo,
-    "traffic": traffic, "products": products, "above_floor": above_floor, "memory": memory,
-    "audit": audit, "attention_code": attention_code}
+    "train": train, "optim": optim, "attention": attention, "zero": zero, "wire": wire,
+    "demo": demo, "traffic": traffic, "products": products, "above_floor": above_floor,
+    "memory": memory, "audit": audit, "attention_code": attention_code}
 
 
 def render(text: str) -> str:

@@ -109,8 +109,8 @@ def _local_gradient(dtype: torch.dtype, grad_accum: int) -> int:
 
 
 def _gradient_bytes(buckets: _Buckets, stage: int, sums: int) -> int:
-    """The sums over ranks, of `sums` bytes an element; stage 0 gathers them."""
-    return (buckets.shards + (buckets.padded if stage == 0 else 0)) * sums
+    """The sums over ranks, of `sums` bytes an element; in stage 0 everybody's."""
+    return (buckets.padded if stage == 0 else buckets.shards) * sums
 
 
 def _buffer_bytes(buckets: _Buckets, dist: DistConfig, dtype: torch.dtype, world: int) -> int:
@@ -123,6 +123,8 @@ def _buffer_bytes(buckets: _Buckets, dist: DistConfig, dtype: torch.dtype, world
         held += 4 * buckets.padded
     if dist.zero == 3:
         held += buckets.gathered * width
+        if dist.param_wire_dtype == "int8":
+            held += int(buckets.largest * 1.02)
     if dist.offload != "none":
         held += buckets.shards * (wide(dtype).itemsize
                                   + (width if dist.offload == "optimizer" else 0))

@@ -129,7 +129,7 @@ def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[s
     train = settings.train
     plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
                      tokens=train.batch_size * train.seq_len, grad_accum=train.grad_accum,
-                     rank=world.rank, world=world.size)
+                     rank=world.rank, world=world.size, device=device)
     if world.first:
         print(plan.line())
     memory = _Measured(Monitor(device).memory_bytes())

@@ -1,4 +1,4 @@
-"""README.md and docs/kernels.md say what the result files say."""
+"""README.md and the pages of docs/ with tables say what the result files say."""
 
 import importlib.util
 import re

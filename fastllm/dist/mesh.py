@@ -21,7 +21,44 @@ from fastllm.dist.watchdog import IDLE, Watchdog
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 FOREVER = timedelta(days=30)
+GATHER_TAG = 7771
+"""Of messages between two ranks: one that programs of their own are unlikely to use."""
 T = TypeVar("T")
+
+
+@dataclass
+class Gather:
+    """An all-gather under way; it keeps what is sent alive."""
+
+    works: list[Any]
+    sent: Tensor
+
+    def wait(self) -> None:
+        """Until all parts have come and this rank's have gone."""
+        for work in self.works:
+            work.wait()
+
+
+def start_gather(full: Tensor, part: Tensor, rank: int, world: int, group: Any, *,
+                 native: bool) -> Gather:
+    """As all_gather, under way; `part` may be this rank's part of `full` (csrc/collective.cpp).
+
+    native: in the process group. Else as messages: Gloo's own gathers into a buffer and copies it.
+    """
+    if not part.numel():
+        return Gather([], part)
+    if native and world > 1:
+        return Gather([all_gather(full, part, group, async_op=True)], part)
+    # Messages between two ranks arrive in the order they are sent in: one tag does for all.
+    works = []
+    for source, slot in enumerate(full.chunk(world)):
+        if source != rank:
+            works.append(dist.irecv(slot, group=group, group_src=source, tag=GATHER_TAG))
+        elif slot.data_ptr() != part.data_ptr():
+            slot.copy_(part)
+    works += [dist.isend(part, group=group, group_dst=target, tag=GATHER_TAG)
+              for target in range(world) if target != rank]
+    return Gather(works, part)
 
 
 def all_gather(full: Tensor, part: Tensor, group: Any, *, async_op: bool = False) -> Any:

@@ -16,11 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastllm.dist.int8 import dequantize_int8, quantize_int8
-from fastllm.dist.mesh import all_gather, reduce_scatter
+from fastllm.dist.mesh import Gather, reduce_scatter, start_gather
 from fastllm.dist.partition import Layout, Run, layout, runs, sent_order
-
-GATHER_TAG = 7771
-"""Of messages between two ranks: one that programs of their own are unlikely to use."""
 
 IN_FLIGHT = 2
 """Reduce-scatters under way while backward goes on: each holds two buffers of a bucket's size."""
@@ -47,18 +44,6 @@ class Options:
     release: bool = False
     host_shards: bool = False
     in_flight: int = IN_FLIGHT
-
-
-@dataclass
-class Gather:
-    """An all-gather under way; it keeps what is sent alive."""
-
-    works: list[Any]
-    sent: Tensor
-
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
 
 
 @dataclass
@@ -490,22 +475,9 @@ class PythonEngine:
 
     def _all_gather(self, full: Tensor, shard: Tensor) -> Gather:
         """full <- the shards of all ranks. shard may be this rank's part of it."""
-        if not shard.numel():
-            return Gather([], shard)
         self.sent_bytes += shard.numel() * (self.world - 1) * shard.element_size()
-        if self.options.native and self.world > 1:
-            return Gather([all_gather(full, shard, self.gather_group, async_op=True)], shard)
-        # As csrc/collective.cpp: messages between two ranks arrive in the order they are sent in.
-        works, parts = [], full.chunk(self.world)
-        for rank, part in enumerate(parts):
-            if rank != self.rank:
-                works.append(dist.irecv(part, group=self.gather_group, group_src=rank,
-                                        tag=GATHER_TAG))
-            elif part.data_ptr() != shard.data_ptr():
-                part.copy_(shard)
-        works += [dist.isend(shard, group=self.gather_group, group_dst=rank, tag=GATHER_TAG)
-                  for rank in range(self.world) if rank != self.rank]
-        return Gather(works, shard)
+        return start_gather(full, shard, self.rank, self.world, self.gather_group,
+                            native=self.options.native)
 
     def close(self) -> None:
         """Remove the hooks. Parameters stay as they are."""

@@ -216,7 +216,7 @@ def under_a_limit(megabytes, stage):
         with torch.device("meta"):
             model = Decoder(shape)
         engine = zero.shard(model, stage=stage, fill_parameter=filler(model, drawn))
-        optimizer = engine.optimizer("adamw", lr=3e-3)
+        optimizer = engine.optimizer("adamw", lr=1e-4)
         losses = []
         ids = torch.randint(64, (4, 17), generator=drawn)
         mine = ids[world.rank::world.size]
