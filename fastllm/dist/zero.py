@@ -133,8 +133,8 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
         raise UserError("zero: param_wire_dtype int8 needs stage 3: below, every rank's parameters "
                         "are whole, and would be rounded for good")
     return Zero(model, stage, of_group(mesh), average=average, wire=wire_dtype,
-                param_wire=param_wire_dtype, bucket_mb=bucket_mb, offload=offload, units=units, prefetch=prefetch, overlap=overlap, check=check,
-                backend=backend, fill_parameter=fill_parameter, device=device, watch=watch)
+                param_wire=param_wire_dtype, bucket_mb=bucket_mb, offload=offload, units=units,
+                prefetch=prefetch, overlap=overlap, check=check, backend=backend, fill_parameter=fill_parameter, device=device, watch=watch)
 
 
 class Zero:
@@ -142,8 +142,8 @@ class Zero:
     update of `pieces` with `gradients`, `publish`; `ZeroOptimizer` does the last four."""
 
     def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
-                 param_wire: str, bucket_mb: float, offload: str, units: Iterable[nn.Module] | None, prefetch: bool,
-                 overlap: bool, check: bool, backend: str,
+                 param_wire: str, bucket_mb: float, offload: str,
+                 units: Iterable[nn.Module] | None, prefetch: bool, overlap: bool, check: bool, backend: str,
                  fill_parameter: Callable[[str, Tensor], None] | None, device: torch.device | None,
                  watch: Callable[[str | None], None] | None) -> None:
         self.model, self.stage, self.world, self.offload = model, stage, world, offload
