@@ -78,8 +78,8 @@ Gather Collective::all_gather(at::Tensor full, at::Tensor shard) {
     gather.sent_ = std::move(shard);
     return gather;
   }
-  // Gloo's own gathers into a buffer of its own and copies that, which takes longer. Messages between
-  // two ranks arrive in the order they are sent in, so that one tag does for all.
+  // Gloo's own gathers into a buffer of its own and copies that, which takes longer. Messages
+  // between two ranks arrive in the order they are sent in, so that one tag does for all.
   const int64_t size = shard.numel();
   for (int64_t rank = 0; rank < world_; ++rank) {
     std::vector<at::Tensor> part = {full.narrow(0, rank * size, size)};

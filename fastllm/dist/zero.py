@@ -134,7 +134,8 @@ def shard(model: nn.Module, *, stage: int, mesh: Any = None, wire_dtype: str = "
                         "are whole, and would be rounded for good")
     return Zero(model, stage, of_group(mesh), average=average, wire=wire_dtype,
                 param_wire=param_wire_dtype, bucket_mb=bucket_mb, offload=offload, units=units,
-                prefetch=prefetch, overlap=overlap, check=check, backend=backend, fill_parameter=fill_parameter, device=device, watch=watch)
+                prefetch=prefetch, overlap=overlap, check=check, backend=backend,
+                fill_parameter=fill_parameter, device=device, watch=watch)
 
 
 class Zero:
@@ -143,7 +144,8 @@ class Zero:
 
     def __init__(self, model: nn.Module, stage: int, world: World, *, average: bool, wire: str,
                  param_wire: str, bucket_mb: float, offload: str,
-                 units: Iterable[nn.Module] | None, prefetch: bool, overlap: bool, check: bool, backend: str,
+                 units: Iterable[nn.Module] | None, prefetch: bool, overlap: bool,
+                 check: bool, backend: str,
                  fill_parameter: Callable[[str, Tensor], None] | None, device: torch.device | None,
                  watch: Callable[[str | None], None] | None) -> None:
         self.model, self.stage, self.world, self.offload = model, stage, world, offload
