@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)
 	$(PIP) torch setuptools wheel ninja pybind11 numpy
 	# A CUDA build of torch brings the triton that it was built with; beside a CPU build goes ours.
 	$(BIN)/pip freeze | grep -q '^triton==' || $(BIN)/pip install --quiet $$(grep '^triton' constraints.txt)
-	$(PIP) --no-build-isolation --editable ".[hf,data,dev,peers,trl]"
+	$(PIP) --no-build-isolation --editable ".[hf,data,export,dev,peers,trl]"
 	touch $(STAMP)
 
 clean:

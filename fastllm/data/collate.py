@@ -1,6 +1,7 @@
 """Rows of a packing as one batch of tensors that knows where each document begins."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ class Batch:
     where nothing is trained. position_ids (B, S) int64, from 0 in each segment. cu_seqlens (N+1,)
     int32: where segments begin in the flattened B*S positions, from 0 to B*S. max_seqlen: the
     longest segment. num_tokens: labels that are trained.
+
+    Of data in pairs also: pairs (P, 2) int64, the two segments of each (chosen and rejected; in
+    judged data a completion, and one that belongs to another prompt). desirable (P,) bool: the
+    judgement. reference (P, 2) float32: what the reference model gives the two segments' trained
+    tokens, as a sum of log-probabilities; only where it was computed.
     """
 
     input_ids: Tensor
@@ -27,20 +33,27 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     num_tokens: int
+    pairs: Tensor | None = None
+    desirable: Tensor | None = None
+    reference: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """What a step's loss is the mean over: pairs where there are any, else trained tokens."""
+        return self.num_tokens if self.pairs is None else len(self.pairs)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return Batch(move(self.input_ids), move(self.labels), move(self.position_ids),
-                     move(self.cu_seqlens), self.max_seqlen, self.num_tokens)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which copies to a GPU overlap with its work."""
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(),
-                     self.position_ids.pin_memory(), self.cu_seqlens.pin_memory(),
-                     self.max_seqlen, self.num_tokens)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed."""
+        return replace(self, **{name: change(value) for name, value in vars(self).items()
+                                if isinstance(value, Tensor)})
 
 
 def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int) -> Batch:
