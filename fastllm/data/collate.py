@@ -56,10 +56,14 @@ class Batch:
                                 if isinstance(value, Tensor)})
 
 
-def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int) -> Batch:
+def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int, *,
+            trained: np.ndarray | None = None, desirable: np.ndarray | None = None,
+            reference: np.ndarray | None = None) -> Batch:
     """The batch of the given rows. tokens (T,) any unsigned type; rows (B,) int, -1: an empty row.
 
     An empty row is padding throughout, with nothing to train: it fills up the last batch.
+    trained (T,): which tokens are labels, all of them by default. Of documents packed in pairs:
+    desirable (D,), reference (D,) by the number of the document.
     """
     size, seq_len = len(rows), packing.seq_len
     rows = np.asarray(rows, dtype=np.int64)
@@ -79,6 +83,11 @@ def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int)
     labels = np.full(size * seq_len, IGNORE_INDEX, dtype=np.int64)
     input_ids[target] = tokens[source]
     labels[target] = tokens[source + 1]
+    num_tokens = len(target)
+    if trained is not None:
+        wanted = trained[source + 1] != 0
+        labels[target[~wanted]] = IGNORE_INDEX
+        num_tokens = int(np.count_nonzero(wanted))
     starts = np.sort(np.concatenate([begin, tails[used < seq_len]]))
     cu_seqlens = np.append(starts, size * seq_len)
     lengths = np.diff(cu_seqlens)
@@ -88,4 +97,19 @@ def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int)
         return torch.from_numpy(flat).view(size, seq_len)
 
     return Batch(shaped(input_ids), shaped(labels), shaped(position_ids),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max()), len(target))
+                 torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max()), num_tokens,
+                 *_of_pairs(packing, pieces, np.searchsorted(starts, begin), desirable, reference))
+
+
+def _of_pairs(packing: Packing, pieces: np.ndarray, segments: np.ndarray,
+              desirable: np.ndarray | None, reference: np.ndarray | None
+              ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The fields of a batch of pairs: pieces (P,), and the segment that each of them is."""
+    if packing.document is None:
+        return None, None, None
+    document = packing.document[pieces].reshape(-1, 2)
+    pairs = torch.from_numpy(segments.reshape(-1, 2).astype(np.int64))
+    return (pairs,
+            None if desirable is None else torch.from_numpy(desirable[document[:, 0]] != 0),
+            None if reference is None else torch.from_numpy(
+                reference[document].astype(np.float32)))

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,11 +19,41 @@ import torch
 
 from fastllm.config import UserError
 from fastllm.data.collate import Batch, collate
+from fastllm.data.fitting import Truncation, fit
 from fastllm.data.packing import epoch_order, pack
 from fastllm.data.prepare import Prepared
 
 PREFETCH = 4
 """Batches kept ready by the threads."""
+
+
+class PackedRows:
+    """A split's documents, fitted and packed into rows, any of which it makes a batch of.
+
+    notes: what the user should know of documents that are cut or left out.
+    reference: by document of the store, what `Batch.reference` says of it; None until it is set.
+    """
+
+    def __init__(self, prepared: Prepared, split: str, seq_len: int, truncation: Truncation
+                 ) -> None:
+        self.dataset = prepared.split(split)
+        self.pad_id = prepared.tokenizer.pad_id
+        fitted = fit(self.dataset, seq_len, truncation)
+        self.notes = fitted.notes
+        packing = pack(fitted.starts, fitted.lengths, seq_len, together=prepared.pack,
+                       group=self.dataset.group)
+        if packing.document is not None:
+            packing = replace(packing, document=fitted.documents[packing.document])
+        self.packing = packing
+        self.reference: np.ndarray | None = None
+        desirable = self.dataset.store.desirable
+        self._desirable = None if desirable is None else np.repeat(desirable, self.dataset.group)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """rows (B,), -1: an empty one."""
+        return collate(self.dataset.tokens, self.packing, rows, self.pad_id,
+                       trained=self.dataset.trained, desirable=self._desirable,
+                       reference=self.reference)
 
 
 class Loader:
@@ -50,11 +81,10 @@ class Loader:
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
-        dataset = prepared.split(split)
-        self.packing = pack(dataset.starts, dataset.lengths, seq_len, together=prepared.pack)
+        self.packed = PackedRows(prepared, split, seq_len, prepared.truncation)
+        self.packing = self.packed.packing
         if self.packing.num_rows == 0:
             raise UserError(f"there is no document in the {split} split; see data.holdout")
-        self.tokens, self.pad_id = dataset.tokens, prepared.tokenizer.pad_id
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.rank, self.world_size = rank, world_size
         self.total_rows = total_rows
@@ -63,6 +93,8 @@ class Loader:
         self.wait_seconds = 0.0
         self._identity = {"fingerprint": prepared.fingerprint, "seq_len": seq_len, "seed": seed,
                           "pack": prepared.pack, "split": split}
+        if prepared.truncation != "split":
+            self._identity["truncation"] = prepared.truncation
         # Two: a batch at the end of an epoch draws from both, whichever thread makes it.
         self._order = lru_cache(maxsize=2)(self._epoch_order)
         self._workers = ThreadPoolExecutor(num_workers, "batches") if num_workers else None
@@ -104,7 +136,7 @@ class Loader:
     def batch_at(self, position: int) -> Batch:
         """This rank's batch at a position (rows over all ranks since the beginning), from nothing
         but the position: the iterator gives the same."""
-        batch = collate(self.tokens, self.packing, self.rows_at(position), self.pad_id)
+        batch = self.packed.batch(self.rows_at(position))
         return batch.pin_memory() if self.pin_memory else batch
 
     def _ended(self, position: int) -> bool:
@@ -176,10 +208,11 @@ class EvalSet:
         self, prepared: Prepared, seq_len: int, batch_size: int, *, split: str = "heldout",
         rank: int = 0, world_size: int = 1,
     ) -> None:
-        self.dataset = prepared.split(split)
         self.tokenizer = prepared.tokenizer
-        self.packing = pack(self.dataset.starts, self.dataset.lengths, seq_len,
-                            together=prepared.pack)
+        # Of one sequence every part is scored, also where training would leave its end out.
+        self.packed = PackedRows(prepared, split, seq_len,
+                                 "split" if prepared.store.group == 1 else prepared.truncation)
+        self.dataset, self.packing = self.packed.dataset, self.packed.packing
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_documents, self.num_bytes = len(self.dataset), self.dataset.num_bytes
         self.num_tokens = self.packing.num_labels
@@ -192,7 +225,7 @@ class EvalSet:
             begin = (number * self.world_size + self.rank) * self.batch_size
             rows = begin + np.arange(self.batch_size)
             rows[rows >= self.packing.num_rows] = -1
-            yield collate(self.dataset.tokens, self.packing, rows, self.tokenizer.pad_id)
+            yield self.packed.batch(rows)
 
     def texts(self, limit: int | None = None) -> Iterator[bytes]:
         """The documents' text in UTF-8, the first `limit` of them."""

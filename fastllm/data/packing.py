@@ -16,14 +16,17 @@ import numpy as np
 class Packing:
     """Rows of pieces. Row r holds the pieces row_start[r]:row_start[r+1].
 
-    start: (P,) int64, a piece's first input token in tokens.bin; its labels are one further on.
-    length: (P,) int32, its training positions. row_start: (R+1,) int64.
+    seq_len: the positions of a row. start: (P,) int64, a piece's first input token in tokens.bin;
+    its labels are one further on. length: (P,) int32, its training positions. row_start: (R+1,)
+    int64. document: (P,) int64, which of the packed documents it is of; None where none of them
+    belong together.
     """
 
     seq_len: int
     start: np.ndarray
     length: np.ndarray
     row_start: np.ndarray
+    document: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -121,12 +124,16 @@ def best_fit_decreasing(length: np.ndarray, seq_len: int) -> tuple[np.ndarray, i
 
 
 def pack(
-    starts: np.ndarray, lengths: np.ndarray, seq_len: int, *, together: bool = True
+    starts: np.ndarray, lengths: np.ndarray, seq_len: int, *, together: bool = True, group: int = 1
 ) -> Packing:
     """Rows for documents. starts, lengths: (N,) first token and tokens of each, in any order.
 
     together=False: a piece a row, in the order of the documents.
+    group: so many documents one after another stay together, each of 1 to seq_len positions; a row
+    then has group * seq_len positions.
     """
+    if group > 1:
+        return _pack_groups(starts, lengths, seq_len, together, group)
     start, length = pieces_of(starts, lengths, seq_len)
     if not together:
         return Packing(seq_len, start, length, np.arange(len(start) + 1))
@@ -135,6 +142,23 @@ def pack(
     row_start = np.zeros(rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of, minlength=rows), out=row_start[1:])
     return Packing(seq_len, start[order], length[order], row_start)
+
+
+def _pack_groups(
+    starts: np.ndarray, lengths: np.ndarray, seq_len: int, together: bool, group: int
+) -> Packing:
+    positions = lengths.astype(np.int64) - 1
+    if len(positions) and not 1 <= positions.min() <= positions.max() <= seq_len:
+        raise ValueError(f"grouped documents must have 1 to {seq_len} positions")
+    whole = positions.reshape(-1, group).sum(1)
+    row_of, rows = (best_fit_decreasing(whole, group * seq_len) if together
+                    else (np.arange(len(whole)), len(whole)))
+    order = np.argsort(row_of, kind="stable")
+    document = (order[:, None] * group + np.arange(group)).reshape(-1)
+    row_start = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(group * np.bincount(row_of, minlength=rows), out=row_start[1:])
+    return Packing(group * seq_len, starts[document].astype(np.int64),
+                   positions[document].astype(np.int32), row_start, document)
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fastllm.config import UserError
 from fastllm.data import store
 from fastllm.data.accounting import Report
+from fastllm.data.fitting import DEFAULTS, Truncation
+from fastllm.data.rows import SEQUENCES, Rows
 from fastllm.data.sources import (
     DataConfig,
     Document,
@@ -41,6 +44,8 @@ from fastllm.data.tokenizer import (
 )
 from fastllm.files import sync
 
+_NOUNS = {"text": "documents", "chat": "conversations", "preference": "pairs",
+          "judged": "judged answers"}
 BATCH_BYTES = 1 << 20
 """Text that is encoded at a time: enough for every core, little in memory."""
 
@@ -53,6 +58,7 @@ class Prepared:
     tokenizer: Tokenizer
     report: Report
     pack: bool = True
+    truncation: Truncation = "split"
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,8 +90,14 @@ class Prepared:
         lines = self.report.summary()
         for name, part in (("train", self.train), ("held out", self.heldout)):
             rate = f", {part.num_bytes / part.num_tokens:.2f} bytes a token" if len(part) else ""
-            lines.append(f"{name}: {len(part):,} documents, {part.num_tokens:,} tokens, "
-                         f"{part.num_bytes:,} bytes{rate}")
+            what = f"{len(part):,} documents, {part.num_tokens:,} tokens, " \
+                   f"{part.num_bytes:,} bytes{rate}"
+            if part.trained is not None and len(part):
+                trained = part.num_trained
+                what = (f"{len(part) // part.group:,} {_NOUNS[self.store.kind]}, "
+                        f"{part.num_tokens:,} tokens, {trained:,} of them trained "
+                        f"({trained / part.num_tokens:.1%})")
+            lines.append(f"{name}: {what}")
         lines.append(f"prepared: {self.store.folder}")
         return lines + [f"note: {note}" for note in self.notes]
 
@@ -97,8 +109,11 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
     progress: Progress | None = None,
+    rows: Rows | None = None,
 ) -> Prepared:
     """Tokens of the sources, made now or found in the cache.
+
+    rows: what the records are, where they are not texts; its encoder has the tokenizer.
 
     tokenizer: encodes the text; without it one is read from or trained by `tokenizer_config`, on
     the documents that are not held out. vocab_size: of the model; every id is checked against it.
@@ -109,8 +124,15 @@ def prepare(
     only = Path(data.path[0]).expanduser() if len(data.path) == 1 else None
     if only is not None and (only / store.META).is_file():
         prepared = open_prepared(only, verify=data.verify, pack=data.pack)
+        wanted = rows.kind if rows else "text"
+        if prepared.store.kind != wanted:
+            raise UserError(f"{only} holds prepared {prepared.store.kind} data, and {wanted} data "
+                            "are wanted: give the sources")
     else:
-        prepared = _from_sources(data, tokenizer_config or TokenizerConfig(), tokenizer, progress)
+        prepared = _from_sources(data, tokenizer_config or TokenizerConfig(), tokenizer, progress,
+                                 rows)
+    prepared.truncation = DEFAULTS[prepared.store.kind] if data.truncation == "auto" \
+        else data.truncation
     if data.on_bad == "error" and prepared.report.num_rejected:
         raise UserError(prepared.report.reasons[0])
     if data.holdout > 0 and not len(prepared.heldout):
@@ -133,7 +155,7 @@ def open_prepared(folder: Path, *, verify: bool = True, pack: bool = True) -> Pr
 
 def _from_sources(
     data: DataConfig, config: TokenizerConfig, tokenizer: Tokenizer | None,
-    progress: Progress | None,
+    progress: Progress | None, rows: Rows | None,
 ) -> Prepared:
     report = Report()
     files = find_files(data, report)
@@ -144,13 +166,16 @@ def _from_sources(
     except OSError as error:
         raise UserError(f"data.cache_dir {cache} cannot be written: {error.strerror}") from error
     notes: list[str] = []
+    if rows:
+        tokenizer = rows.encoder.tokenizer
     if tokenizer is None:
         tokenizer = _tokenizer(data, config, source, cache, notes, progress)
-    key = hashlib.sha256(json.dumps([store.FORMAT, source, tokenizer.fingerprint]).encode())
+    what = [store.FORMAT, source, tokenizer.fingerprint, *([rows.fingerprint] if rows else [])]
+    key = hashlib.sha256(json.dumps(what).encode())
     folder = cache / key.hexdigest()[:24]
 
     def build(temporary: Path) -> None:
-        _write(temporary, data, files, tokenizer, report, progress)
+        _write(temporary, data, files, tokenizer, report, progress, rows)
 
     def fault(place: Path) -> str | None:
         return store.fault_of(place, hashes=data.verify)
@@ -196,9 +221,12 @@ def _tokenizer(
 
 def _write(
     folder: Path, data: DataConfig, files: list[SourceFile], tokenizer: Tokenizer, report: Report,
-    progress: Progress | None,
+    progress: Progress | None, rows: Rows | None,
 ) -> None:
     """Encodes the documents into `folder`, batch by batch; memory does not grow with the source."""
+    if rows:
+        _write_rows(folder, data, files, report, progress, rows)
+        return
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     front = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     position, largest = 0, 0
@@ -207,16 +235,50 @@ def _write(
             (folder / store.DOCUMENTS).open("wb") as records:
         for batch in _batches(documents):
             encoded = tokenizer.encode_batch([document.text for document in batch])
-            rows = [[*front, *ids, tokenizer.eos_id] for ids in encoded]
-            flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64)
+            ended = [[*front, *ids, tokenizer.eos_id] for ids in encoded]
+            flat = np.fromiter(itertools.chain.from_iterable(ended), dtype=np.int64)
             largest = max(largest, int(flat.max()))
             flat.astype(dtype).tofile(tokens)
             table = np.empty(len(batch), dtype=store.DOCUMENT)
-            for at, (document, row) in enumerate(zip(batch, rows, strict=True)):
+            for at, (document, row) in enumerate(zip(batch, ended, strict=True)):
                 table[at] = (position, len(row), document.num_bytes, document.hash,
                              document.line, document.file)
                 position += len(row)
             table.tofile(records)
+    _close(folder, data, files, tokenizer, report, dtype, position, largest)
+
+
+def _write_rows(
+    folder: Path, data: DataConfig, files: list[SourceFile], report: Report,
+    progress: Progress | None, rows: Rows,
+) -> None:
+    """Encodes rows into `folder`, each a document or two, with what is trained of them."""
+    tokenizer, group = rows.encoder.tokenizer, SEQUENCES[rows.kind]
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    position, largest = 0, 0
+    documents = read_documents(data, files, report, progress, "tokenising", rows.reader())
+    with (folder / store.TOKENS).open("wb") as tokens, \
+            (folder / store.TRAINED).open("wb") as trained, \
+            (folder / store.DESIRABLE).open("wb") as desirable, \
+            (folder / store.DOCUMENTS).open("wb") as records:
+        for document in documents:
+            for ids, flags, text_bytes in document.encoded.sequences:
+                largest = max(largest, *ids)
+                np.array(ids, dtype=dtype).tofile(tokens)
+                np.array(flags, dtype=np.uint8).tofile(trained)
+                np.array([(position, len(ids), text_bytes, document.hash, document.line,
+                           document.file)], dtype=store.DOCUMENT).tofile(records)
+                position += len(ids)
+            desirable.write(bytes([document.encoded.desirable]))
+    if rows.kind != "judged":
+        (folder / store.DESIRABLE).unlink()
+    _close(folder, data, files, tokenizer, report, dtype, position, largest,
+           kind=rows.kind, group=group)
+
+
+def _close(folder: Path, data: DataConfig, files: list[SourceFile], tokenizer: Tokenizer,
+           report: Report, dtype: np.dtype, num_tokens: int, largest: int, **more: Any) -> None:
+    """The split, the tokenizer and meta.json of a folder that is written otherwise."""
     hashes = np.fromfile(folder / store.DOCUMENTS, dtype=store.DOCUMENT)["hash"]
     held_out(hashes, data.holdout).astype(np.uint8).tofile(folder / store.HELDOUT)
     tokenizer.save(folder / store.TOKENIZER)
@@ -225,7 +287,8 @@ def _write(
         "tokenizer": tokenizer.fingerprint, "sources": [file.name for file in files],
         "special": {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token,
                     "pad": tokenizer.pad_token},
-        "num_documents": report.documents, "num_tokens": position, "report": report.to_dict(),
+        "num_documents": report.documents, "num_tokens": num_tokens, "report": report.to_dict(),
+        **more,
     })
 
 

@@ -21,8 +21,13 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
+Fields = list[str] | None
+"""The fields (or columns) whose text makes a record; None: the record is the row, as it is."""
+
+
 class Record(NamedTuple):
-    """A text, or the rule that skips it, or what is wrong. `records` of them, from `line` on."""
+    """A text or a row, or the rule that skips it, or what is wrong. `records` of them, from `line`
+    on."""
 
     line: int
     text: str = ""
@@ -30,6 +35,7 @@ class Record(NamedTuple):
     skipped: str = ""
     rejected: str = ""
     reason: str = ""
+    row: dict[str, Any] | None = None
 
 
 def bad_text(text: str) -> tuple[str, str] | None:
@@ -194,11 +200,13 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def from_fields(line: int, value: Any, fields: list[str]) -> Record:
-    """The record's text: its `fields`, joined by a newline."""
+def from_fields(line: int, value: Any, fields: Fields) -> Record:
+    """The record's text: its `fields`, joined by a newline. With None, the record's row."""
     if not isinstance(value, dict):
         reason = f"expected an object, found {_type_name(value)}"
         return Record(line, rejected="wrong type", reason=reason)
+    if fields is None:
+        return Record(line, row=value)
     texts = []
     for name in fields:
         if name not in value:
@@ -215,7 +223,7 @@ def from_fields(line: int, value: Any, fields: list[str]) -> Record:
     return Record(line, text)
 
 
-def read_jsonl(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
+def read_jsonl(path: Path, fields: Fields, limit: int) -> Iterator[Record]:
     """One JSON object a line."""
     refuse_utf16(path)
     with path.open("rb") as stream:
@@ -242,7 +250,7 @@ def _skip_space(text: str, at: int) -> int:
     return at
 
 
-def read_json(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
+def read_json(path: Path, fields: Fields, limit: int) -> Iterator[Record]:
     """A JSON list of objects, one object, or objects one a line. The file is held in memory.
 
     Where a list stops being JSON the rest of it cannot be told apart: that is one rejection.
@@ -264,7 +272,7 @@ def read_json(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
     yield from _json_list(text, _skip_space(text, at + 1), fields)
 
 
-def _json_list(text: str, at: int, fields: list[str]) -> Iterator[Record]:
+def _json_list(text: str, at: int, fields: Fields) -> Iterator[Record]:
     """The elements of the list whose `[` ends before `at`, each with the line that it begins on."""
     line, counted = 1, 0
     closed = text[at : at + 1] == "]"
@@ -296,7 +304,7 @@ def _json_list(text: str, at: int, fields: list[str]) -> Iterator[Record]:
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
-def _csv_record(line: int, row: list[str], header: list[str], fields: list[str]) -> Record:
+def _csv_record(line: int, row: list[str], header: list[str], fields: Fields) -> Record:
     if not row:
         return Record(line, skipped="blank line")
     if len(row) != len(header):
@@ -307,14 +315,14 @@ def _csv_record(line: int, row: list[str], header: list[str], fields: list[str])
     return from_fields(line, dict(zip(header, row, strict=True)), fields)
 
 
-def _require_columns(path: Path, columns: list[str], fields: list[str]) -> None:
-    for name in fields:
+def _require_columns(path: Path, columns: list[str], fields: Fields) -> None:
+    for name in fields or []:
         if name not in columns:
             raise UserError(f"{path} has no column {name!r} (it has {', '.join(columns)}); "
                             "set data.text_fields")
 
 
-def read_csv(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
+def read_csv(path: Path, fields: Fields, limit: int) -> Iterator[Record]:
     """Rows of a csv (tab-separated for .tsv) with a header line. The header is not a record."""
     refuse_utf16(path)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
@@ -340,7 +348,7 @@ def read_csv(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
         csv.field_size_limit(before)
 
 
-def read_parquet(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
+def read_parquet(path: Path, fields: Fields, limit: int) -> Iterator[Record]:
     """Rows of a parquet file, counted from 1; only the named columns are read, in batches."""
     try:
         import pyarrow as pa
@@ -352,11 +360,11 @@ def read_parquet(path: Path, fields: list[str], limit: int) -> Iterator[Record]:
         _require_columns(path, file.schema_arrow.names, fields)
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=fields):
-            columns = {name: batch.column(name) for name in fields}
+            columns = {name: batch.column(name) for name in batch.schema.names}
             for index in range(batch.num_rows):
                 row += 1
                 try:
-                    value = {name: columns[name][index].as_py() for name in fields}
+                    value = {name: columns[name][index].as_py() for name in columns}
                 except UnicodeDecodeError as error:
                     yield Record(row, rejected="bad UTF-8", reason=bad_utf8(error))
                 else:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -65,6 +65,10 @@ class DataConfig:
     """Hash the prepared files each time that they are opened."""
     pack: bool = True
     """Fill rows with several documents, which do not see one another; false: one a row, padded."""
+    truncation: Literal["auto", "split", "truncate", "drop", "error"] = "auto"
+    """What becomes of a document longer than train.seq_len: pieces that are all trained on, its
+    beginning alone, nothing, or an error. auto: split a text, truncate a conversation, drop a
+    preference pair (of which half an answer says little)."""
     num_workers: Annotated[int, pydantic.Field(ge=0)] = 1
     """Threads that make batches ahead of time; 0: each is made when it is asked for. The batches
     are the same."""
@@ -79,13 +83,34 @@ class SourceFile(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text and where it came from: `file` indexes the source files, `line` is its first line."""
+    """A text and where it came from: `file` indexes the source files, `line` is its first line.
+
+    Of a row, what was made of it in place of the text.
+    """
 
     text: str
     num_bytes: int
     hash: int
     file: int
     line: int
+    encoded: Any = None
+
+
+class Encoded(NamedTuple):
+    """What a row became: its token sequences, and UTF-8 bytes of their trained text."""
+
+    value: Any
+    num_bytes: int
+
+
+class Rejected(NamedTuple):
+    """Why a row cannot be used: a group of reasons, and the reason."""
+
+    kind: str
+    reason: str
+
+
+RowEncoder = Callable[[dict[str, Any]], Encoded | Rejected]
 
 
 def text_hash(data: bytes) -> int:
@@ -179,15 +204,19 @@ def find_files(config: DataConfig, report: Report) -> list[SourceFile]:
     return list(files.values())
 
 
-def _records(file: SourceFile, config: DataConfig, docstrings: set[str]) -> Iterator[Record]:
+def _records(file: SourceFile, config: DataConfig, docstrings: set[str], as_rows: bool
+             ) -> Iterator[Record]:
     limit = config.max_record_bytes
+    if as_rows and file.format in ("python-docs", "txt"):
+        raise UserError(f"{file.name} is text, and conversations and pairs are rows: give jsonl, "
+                        "json, csv or parquet (see data.format)")
     if file.format == "python-docs":
         return python_docs.read_module(file.path, file.name, docstrings)
     if file.format == "txt":
         return readers.read_txt(file.path, config.txt_documents, config.txt_separator, limit)
     read = {"jsonl": readers.read_jsonl, "json": readers.read_json, "csv": readers.read_csv,
             "parquet": readers.read_parquet}[file.format]
-    return read(file.path, config.text_fields, limit)
+    return read(file.path, None if as_rows else config.text_fields, limit)
 
 
 def read_documents(
@@ -196,8 +225,11 @@ def read_documents(
     report: Report,
     progress: Progress | None = None,
     stage: str = "reading",
+    encode: RowEncoder | None = None,
 ) -> Iterator[Document]:
     """Yields the documents in order, and accounts for every record in `report`.
+
+    encode: takes each record as a row of fields, where a document is not simply a text.
 
     Raises UserError for a file that cannot be read, for the first bad record with on_bad=error,
     and at the end where there was no document at all.
@@ -209,8 +241,8 @@ def read_documents(
     for index, file in enumerate(files):
         read, size = 0, file.path.stat().st_size
         try:
-            for record in _records(file, config, docstrings):
-                if document := _document(record, file, index, report, config.on_bad):
+            for record in _records(file, config, docstrings, encode is not None):
+                if document := _document(record, file, index, report, config.on_bad, encode):
                     if config.deduplicate and document.hash in seen:
                         report.skip("duplicate", record.records)
                         continue
@@ -231,15 +263,26 @@ def read_documents(
 
 
 def _document(
-    record: Record, file: SourceFile, index: int, report: Report, on_bad: str
+    record: Record, file: SourceFile, index: int, report: Report, on_bad: str,
+    encode: RowEncoder | None,
 ) -> Document | None:
     where = f"{file.name}:{record.line}"
+    made = None
+    if encode and record.row is not None:
+        made = encode(record.row)
+        if isinstance(made, Rejected):
+            record = record._replace(rejected=made.kind, reason=made.reason)
     if record.rejected:
         report.reject(where, record.rejected, record.reason, record.records)
         if on_bad == "error":
             raise UserError(f"{where}: {record.reason}")
     elif record.skipped:
         report.skip(record.skipped, record.records)
+    elif isinstance(made, Encoded):
+        key = json.dumps(record.row, sort_keys=True, ensure_ascii=False, default=str)
+        # A lone surrogate may stand in a field that nothing reads.
+        return Document("", made.num_bytes, text_hash(key.encode("utf-8", "surrogatepass")), index,
+                        record.line, made.value)
     elif not record.text.strip():
         report.skip("empty text", record.records)
     else:

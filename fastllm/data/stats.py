@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastllm.data.collate import IGNORE_INDEX, collate
+from fastllm.data.collate import IGNORE_INDEX
+from fastllm.data.fitting import fit
 from fastllm.data.loader import Loader
 from fastllm.data.packing import pack
 from fastllm.data.prepare import Prepared
@@ -51,13 +52,16 @@ class Stats:
 def stats(prepared: Prepared, seq_len: int, *, seed: int = 0) -> Stats:
     """Figures of the train and held-out splits in rows of seq_len. The seed changes none of them:
     it orders the rows and does not fill them."""
-    splits = {}
+    splits: dict[str, SplitStats] = {}
+    notes: list[str] = []
     for name in ("train", "heldout"):
         part = prepared.split(name)
         if not len(part):
             continue
-        packed = pack(part.starts, part.lengths, seq_len)
-        single = pack(part.starts, part.lengths, seq_len, together=False)
+        fitted = fit(part, seq_len, prepared.truncation)
+        packed, single = (pack(fitted.starts, fitted.lengths, seq_len, together=together,
+                               group=part.group) for together in (True, False))
+        notes += [f"{name}: {note}" for note in fitted.notes]
         shown = np.percentile(part.lengths, PERCENTILES, method="inverted_cdf")
         splits[name] = SplitStats(
             documents=len(part), tokens=part.num_tokens, bytes=part.num_bytes,
@@ -66,7 +70,7 @@ def stats(prepared: Prepared, seq_len: int, *, seed: int = 0) -> Stats:
             longer_than_row=int(np.count_nonzero(part.lengths - 1 > seq_len)), rows=packed.num_rows,
             packing_efficiency=packed.efficiency, padding_efficiency=single.efficiency,
         )
-    return Stats(seq_len, prepared.tokenizer.vocab_size, splits, prepared.summary())
+    return Stats(seq_len, prepared.tokenizer.vocab_size, splits, [*prepared.summary(), *notes])
 
 
 def render_stats(stats: Stats) -> "Group":
@@ -115,11 +119,13 @@ class PreviewSegment:
 
 @dataclass
 class PreviewRow:
-    """A row of the first batch: its segments and the padding after them."""
+    """A row of the first batch: its segments and the padding after them. notes: on documents that
+    are cut or left out, at the first row."""
 
     number: int
     segments: list[PreviewSegment]
     padding: int
+    notes: tuple[str, ...] = ()
 
 
 def preview(
@@ -130,7 +136,7 @@ def preview(
                     split=split, pin_memory=False)
     store, shown = prepared.store, []
     for number, row in enumerate(loader.rows_at(0).tolist()):
-        batch = collate(loader.tokens, loader.packing, np.array([row]), loader.pad_id)
+        batch = loader.packed.batch(np.array([row]))
         inputs, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
         segments, at = [], 0
         begin, end = loader.packing.row_start[row : row + 2].tolist()
@@ -143,7 +149,8 @@ def preview(
                 document, store.where(document), start - int(store.documents["start"][document]),
                 _token_texts(prepared.tokenizer, ids), trained))
             at += length
-        shown.append(PreviewRow(number, segments, seq_len - at))
+        shown.append(PreviewRow(number, segments, loader.packing.seq_len - at,
+                                () if number else loader.packed.notes))
     return shown
 
 
@@ -166,6 +173,8 @@ def render_preview(rows: list[PreviewRow]) -> "Text":
 
     text = Text()
     for row in rows:
+        for note in row.notes:
+            text.append(f"{note}\n", "bold red")
         trained = sum(sum(segment.trained) for segment in row.segments)
         text.append(f"row {row.number}: {len(row.segments)} segments, {trained} trained tokens, "
                     f"{row.padding} padding\n", "bold")

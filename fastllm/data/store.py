@@ -3,6 +3,8 @@
     tokens.bin      every document's tokens one after another, uint16 or uint32 by the vocabulary
     documents.bin   a DOCUMENT record each: where its tokens are, its bytes, hash, file and line
     heldout.bin     a byte each: 1 where the document is held out
+    trained.bin     of rows: a byte a token, 1 where the model is trained to predict it
+    desirable.bin   of judged rows: a byte each
     meta.json       counts, the account of the sources, size and SHA-256 of every file, its own hash
     tokenizer.json  what encoded it
 """
@@ -18,6 +20,7 @@ FORMAT = "fastllm-tokens-1"
 DOCUMENT = np.dtype([("start", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8"),
                      ("line", "<i8"), ("file", "<i8")])
 META, TOKENS, DOCUMENTS, HELDOUT = "meta.json", "tokens.bin", "documents.bin", "heldout.bin"
+TRAINED, DESIRABLE = "trained.bin", "desirable.bin"
 TOKENIZER = "tokenizer.json"
 ABSENT = "absent"
 
@@ -76,12 +79,24 @@ class TokenStore:
         self.tokens = np.memmap(folder / TOKENS, dtype=self.meta["dtype"], mode="r")
         self.documents = np.memmap(folder / DOCUMENTS, dtype=DOCUMENT, mode="r")
         self.heldout = np.fromfile(folder / HELDOUT, dtype=np.uint8).astype(bool)
+        self.kind: str = self.meta.get("kind", "text")
+        self.group: int = self.meta.get("group", 1)
+        """Documents of a row, one after another in the store: two of a pair."""
+        self.trained = self._bytes(TRAINED)
+        """Which tokens are trained; None: all of them."""
+        self.desirable = self._bytes(DESIRABLE)
+        """(documents / group,): the judgement of each pair; None: there is none."""
+
+    def _bytes(self, name: str) -> np.ndarray | None:
+        path = self.folder / name
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() else None
 
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of tokens, documents, split and tokenizer, wherever they lie."""
         files = self.meta["files"]
-        parts = [files[name]["sha256"] for name in (TOKENS, DOCUMENTS, HELDOUT)]
+        parts = [files[name]["sha256"] for name in (TOKENS, DOCUMENTS, HELDOUT, TRAINED, DESIRABLE)
+                 if name in files]
         return hashlib.sha256(json.dumps([*parts, self.meta["tokenizer"]]).encode()).hexdigest()
 
     def where(self, document: int) -> str:
@@ -119,6 +134,7 @@ class TokenDataset:
         self.starts = store.documents["start"][self.indices]
         self.lengths = store.documents["tokens"][self.indices]
         self.num_bytes_each = store.documents["bytes"][self.indices]
+        self.group, self.trained = store.group, store.trained
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,6 +142,14 @@ class TokenDataset:
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
+
+    @property
+    def num_trained(self) -> int:
+        """Labels that are trained: the first token of a document never is one."""
+        if self.trained is None:
+            return int(np.maximum(self.lengths - 1, 0).sum())
+        return int(sum(np.count_nonzero(self.trained[start + 1:start + length]) for start, length
+                       in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)))
 
     @property
     def num_bytes(self) -> int:

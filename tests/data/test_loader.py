@@ -169,7 +169,7 @@ def test_rank_outside_the_world(prepared):
 
 def test_an_error_in_a_worker_reaches_the_caller(prepared):
     stream = loader(prepared, num_workers=1)
-    stream.tokens = stream.tokens[:3]
+    stream.packed.dataset.tokens = stream.packed.dataset.tokens[:3]
     with pytest.raises(IndexError):
         next(stream)
     stream.close()
