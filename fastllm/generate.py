@@ -6,7 +6,7 @@ generator, seeded by (seed, its place in the list): its text does not depend on 
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -36,12 +36,15 @@ class GenerateConfig:
 
 
 def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateConfig | None = None,
-             *, eos_token_ids: Collection[int] = ()) -> list[list[int]]:
+             *, eos_token_ids: Collection[int] = (), batch_size: int | None = None,
+             until: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
     """The tokens that follow each prompt, in the prompts' order.
 
     Args:
         prompts: token ids, at least one a prompt, of any lengths.
         eos_token_ids: tokens that end a text; the one that ended it is the last of the result.
+        batch_size: prompts of one length that run together at most; None: all of them.
+        until: asked after every token with a prompt's tokens so far; true ends its text there.
 
     Raises UserError for an empty prompt, a token outside the vocabulary, or a prompt that with
     max_new_tokens is longer than the model's max_position_embeddings.
@@ -55,16 +58,48 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateC
     training = model.training
     model.eval()
     try:
-        for places in lengths.values():
+        for places in _batches(lengths.values(), batch_size):
             rows = [list(prompts[place]) for place in places]
             draws = [_generator(config.seed, place) for place in places]
-            for tokens in _steps(model, rows, draws, config, frozenset(eos_token_ids)):
-                for place, token in zip(places, tokens, strict=True):
-                    if token is not None:
+            cache = _cache(model, len(rows), len(rows[0]) + config.max_new_tokens)
+            ended = [False] * len(rows)
+            for tokens in _steps(model, rows, draws, config, cache, ended):
+                for row, (place, token) in enumerate(zip(places, tokens, strict=True)):
+                    if not ended[row]:
                         results[place].append(token)
+                        ended[row] = token in eos_token_ids or (
+                            until is not None and until(results[place]))
     finally:
         model.train(training)
     return results
+
+
+def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None = None, *,
+           eos_token_ids: Collection[int] = (), cache: KVCache | None = None,
+           place: int = 0) -> Iterator[int]:
+    """The tokens that follow one prompt, each as soon as it is drawn: those of `generate`.
+
+    Args:
+        cache: holds the first `cache.length` tokens of the prompt (fewer than all of it) already,
+            and has room for the prompt and max_new_tokens. The others are run and stay in it, and
+            so does every token yielded but the last.
+        place: the prompt's place among those that `generate` would be given: it draws as that one.
+
+    Raises UserError as `generate` does.
+    """
+    config = config or GenerateConfig()
+    _check(model, [prompt], config)
+    if cache is None:
+        cache = _cache(model, 1, len(prompt) + config.max_new_tokens)
+    training = model.training
+    model.eval()
+    try:
+        rows, ended = [list(prompt[cache.length:])], [False]
+        for (token,) in _steps(model, rows, [_generator(config.seed, place)], config, cache, ended):
+            ended[0] = token in eos_token_ids
+            yield token
+    finally:
+        model.train(training)
 
 
 def generate_text(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str],
@@ -115,23 +150,28 @@ def sample(logits: Tensor, uniform: Tensor, config: GenerateConfig) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
+def _batches(groups: Iterable[list[int]], size: int | None) -> Iterator[list[int]]:
+    for group in groups:
+        for start in range(0, len(group), size or len(group)):
+            yield group[start:start + (size or len(group))]
+
+
+def _cache(model: Decoder, rows: int, capacity: int) -> KVCache:
+    weight = model.lm_head_weight
+    return KVCache(model.config, rows, capacity, device=weight.device, dtype=weight.dtype)
+
+
 @torch.no_grad()
 def _steps(model: Decoder, rows: list[list[int]], draws: list[torch.Generator],
-           config: GenerateConfig, stop: frozenset[int]) -> Iterator[list[int | None]]:
-    """The next token of every row, step by step; None for a row that has ended."""
-    weight = model.lm_head_weight
-    cache = KVCache(model.config, len(rows), len(rows[0]) + config.max_new_tokens,
-                    device=weight.device, dtype=weight.dtype)
-    ids = torch.tensor(rows, device=weight.device)
-    ended = [False] * len(rows)
+           config: GenerateConfig, cache: KVCache, ended: list[bool]) -> Iterator[list[int]]:
+    """The next token of every row, step by step, until the caller has marked all as ended."""
+    ids = torch.tensor(rows, device=model.lm_head_weight.device)
     for _ in range(config.max_new_tokens):
         logits = model.logits(model(ids, cache=cache)[:, -1]).float()
         # fp32 numbers are at most 1 - 2^-24: times the fp64 total they stay below it.
         uniform = torch.stack([torch.rand((), generator=draw) for draw in draws])
         chosen = sample(logits, uniform, config)
-        tokens = chosen.tolist()
-        yield [None if over else token for over, token in zip(ended, tokens, strict=True)]
-        ended = [over or token in stop for over, token in zip(ended, tokens, strict=True)]
+        yield chosen.tolist()
         if all(ended):
             return
         ids = chosen.unsqueeze(-1)

@@ -4,8 +4,15 @@ import pytest
 import torch
 
 from fastllm.config import UserError
-from fastllm.generate import GenerateConfig, filter_logits, generate, generate_text, sample
-from fastllm.model import Decoder, ModelConfig, hf
+from fastllm.generate import (
+    GenerateConfig,
+    filter_logits,
+    generate,
+    generate_text,
+    sample,
+    stream,
+)
+from fastllm.model import Decoder, KVCache, ModelConfig, hf
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +145,32 @@ def test_text_in_text_out(model):
 def test_bad_prompts_are_named(model, prompt, words):
     with pytest.raises(UserError, match=words):
         generate(model, [[1], prompt], GREEDY)
+
+
+def test_a_stream_is_generate_token_by_token(model):
+    config = GenerateConfig(max_new_tokens=16, temperature=1.5, seed=4)
+    together = generate(model, [[5, 6]] * 3, config)
+    assert [list(stream(model, [5, 6], config, place=place)) for place in range(3)] == together
+    stop = together[0][3]
+    stopped = list(stream(model, [5, 6], config, eos_token_ids=[stop]))
+    assert stopped == together[0][:together[0].index(stop) + 1]
+
+
+def test_a_stream_goes_on_from_its_cache(model):
+    cache = KVCache(model.config, 1, 64)
+    first = list(stream(model, [5, 6], GREEDY, cache=cache))
+    assert cache.length == 2 + len(first) - 1
+    longer = [5, 6, *first, 9]
+    assert list(stream(model, longer, GREEDY, cache=cache)) == generate(model, [longer], GREEDY)[0]
+
+
+def test_batch_size_changes_nothing(model):
+    config = GenerateConfig(max_new_tokens=8, temperature=1.5, seed=4)
+    prompts = [[1, 2], [3], [4, 5], [6, 7], [8, 9]]
+    assert generate(model, prompts, config, batch_size=2) == generate(model, prompts, config)
+
+
+def test_until_ends_one_row(model):
+    free = generate(model, PROMPTS, GREEDY)
+    ended = generate(model, PROMPTS, GREEDY, until=lambda tokens: tokens == free[0][:4])
+    assert ended == [free[0][:4], *free[1:]]
