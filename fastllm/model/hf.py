@@ -209,7 +209,7 @@ def load_weights(model: Decoder, folder: str | Path) -> None:
                 for name in sorted(names):
                     if model.lm_head is None and name == "lm_head.weight":
                         heads.append(path)
-                    elif not _DERIVED.search(name):
+                    elif not is_derived(name):
                         _copy(file, name, wanted, path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}") from None
@@ -246,9 +246,17 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     if not index.is_file():
         pickled = next((p.name for pattern in ("*.bin", "*.pth", "*.pt")
                         for p in sorted(folder.glob(pattern))), None)
-        hint = (f"; {pickled} may be pickle, which is never loaded: convert it to safetensors"
-                if pickled else "")
+        hint = (f"; {pickled} may be pickle, which is never loaded: write it anew with "
+                f"fastllm-train import {folder} --out DIR" if pickled else "")
         raise UserError(f"{folder}: there is no {WEIGHTS} and no {INDEX}{hint}")
+    return [(path, names) for path, names in indexed_files(index)]
+
+
+def indexed_files(index: Path) -> list[tuple[Path, set[str]]]:
+    """The files beside an index, each with the names of the tensors that it says they hold.
+
+    Raises UserError for an index without them, one that leaves its folder, and a missing file.
+    """
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
@@ -258,9 +266,15 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
             raise UserError(f"{index}: '{name}' is not the name of a file beside it")
         files.setdefault(name, set()).add(tensor)
     for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: named by {INDEX}, but there is no such file")
-    return [(folder / name, tensors) for name, tensors in sorted(files.items())]
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name}: named by {index.name}, but there is no such "
+                            "file")
+    return [(index.parent / name, tensors) for name, tensors in sorted(files.items())]
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor of this name follows from the config, so that a file may also hold it."""
+    return _DERIVED.search(name) is not None
 
 
 def stop_tokens(folder: str | Path) -> list[int]:
