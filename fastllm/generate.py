@@ -80,8 +80,8 @@ def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None 
     """The tokens that follow one prompt, each as soon as it is drawn: those of `generate`.
 
     Args:
-        cache: holds the first `cache.length` tokens of the prompt (fewer than all of it) already,
-            and has room for the prompt and max_new_tokens. The others are run and stay in it, and
+        cache: holds the first tokens of the prompt (fewer than all of it) already, after the
+            model's virtual tokens where it has some, and has room for the prompt and max_new_tokens. The others are run and stay in it, and
             so does every token yielded but the last.
         place: the prompt's place among those that `generate` would be given: it draws as that one.
 
@@ -94,7 +94,7 @@ def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None 
     training = model.training
     model.eval()
     try:
-        rows, ended = [list(prompt[cache.length:])], [False]
+        rows, ended = [list(prompt[max(cache.length - model.virtual_tokens, 0):])], [False]
         for (token,) in _steps(model, rows, [_generator(config.seed, place)], config, cache, ended):
             ended[0] = token in eos_token_ids
             yield token
@@ -158,6 +158,7 @@ def _batches(groups: Iterable[list[int]], size: int | None) -> Iterator[list[int
 
 def _cache(model: Decoder, rows: int, capacity: int) -> KVCache:
     weight = model.lm_head_weight
+    capacity += model.virtual_tokens
     return KVCache(model.config, rows, capacity, device=weight.device, dtype=weight.dtype)
 
 
@@ -183,7 +184,8 @@ def _generator(seed: int, place: int) -> torch.Generator:
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:
-    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    limit = model.config.max_position_embeddings - model.virtual_tokens
+    vocab = model.config.vocab_size
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {place} is empty: give it at least one token")

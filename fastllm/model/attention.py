@@ -56,6 +56,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(query, config.hidden_size)
         self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
+        self.prefix: nn.Module | None = None
+        """Puts keys and values before every document's own: (k, v, cu_seqlens, max_seqlen) to the
+        longer ones. A cache holds them already."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None,
                 max_seqlen: int | None, cache: KVCache | None) -> Tensor:
@@ -69,12 +72,16 @@ class Attention(nn.Module):
             # A view of v would keep the whole projection until the backward; q and k leave it here.
             v = v.contiguous()
             q, k = ops.rope(q, k, cos, sin)
+        cu_keys, max_keys = None, max_seqlen
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        elif self.prefix is not None:
+            k, v, cu_keys, max_keys = self.prefix(k, v, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             out = ops.attention(q, k, v, causal=True)
         else:
             packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
             out = ops.attention(*packed, causal=True, cu_seqlens_q=cu_seqlens,
-                                max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen).view(q.shape)
+                                cu_seqlens_k=cu_keys, max_seqlen_q=max_seqlen,
+                                max_seqlen_k=max_keys).view(q.shape)
         return self.o_proj(out.flatten(2))

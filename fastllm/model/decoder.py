@@ -3,6 +3,8 @@
 Shapes: B rows, S tokens a row, H hidden_size, V vocab_size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -36,6 +38,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
+        self.head_change: Any = None
+        """A module that changes the output head: `weight(own)` and `logits(hidden, own)`."""
+        self.virtual_tokens = 0
+        """Tokens before every document that the caller does not see; a cache has room for them."""
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if initialize and not self.embed_tokens.weight.is_meta:
@@ -76,13 +82,19 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) to (..., V), with the softcap where the config has one."""
-        logits = ops.linear(hidden, self.lm_head_weight)
+        if self.head_change is None:
+            logits = ops.linear(hidden, self.lm_head_weight)
+        else:
+            logits = self.head_change.logits(hidden, self._head())
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def lm_head_weight(self) -> Tensor:
         """The output head, (V, H): the embedding where they are tied."""
+        return self._head() if self.head_change is None else self.head_change.weight(self._head())
+
+    def _head(self) -> Tensor:
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def _check(self, input_ids: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None,
