@@ -81,8 +81,9 @@ def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None 
 
     Args:
         cache: holds the first tokens of the prompt (fewer than all of it) already, after the
-            model's virtual tokens where it has some, and has room for the prompt and max_new_tokens. The others are run and stay in it, and
-            so does every token yielded but the last.
+            model's virtual tokens where it has some, and has room for the prompt and
+            max_new_tokens. The others are run and stay in it, and so does every token yielded but
+            the last.
         place: the prompt's place among those that `generate` would be given: it draws as that one.
 
     Raises UserError as `generate` does.
