@@ -33,6 +33,8 @@ class Batch:
     cu_seqlens: Tensor
     max_seqlen: int
     num_tokens: int
+    num_inputs: int = 0
+    """Positions that are not padding."""
     pairs: Tensor | None = None
     desirable: Tensor | None = None
     reference: Tensor | None = None
@@ -98,6 +100,7 @@ def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int,
 
     return Batch(shaped(input_ids), shaped(labels), shaped(position_ids),
                  torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max()), num_tokens,
+                 len(target),
                  *_of_pairs(packing, pieces, np.searchsorted(starts, begin), desirable, reference))
 
 

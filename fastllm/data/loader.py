@@ -20,7 +20,7 @@ import torch
 from fastllm.config import UserError
 from fastllm.data.collate import Batch, collate
 from fastllm.data.fitting import Truncation, fit
-from fastllm.data.packing import epoch_order, pack
+from fastllm.data.packing import epoch_order, pack, ranges
 from fastllm.data.prepare import Prepared
 
 PREFETCH = 4
@@ -54,6 +54,13 @@ class PackedRows:
         return collate(self.dataset.tokens, self.packing, rows, self.pad_id,
                        trained=self.dataset.trained, desirable=self._desirable,
                        reference=self.reference)
+
+    def documents(self, rows: np.ndarray) -> np.ndarray:
+        """Of data in pairs: the numbers in the store of a batch's documents, in its order."""
+        assert self.packing.document is not None, "only documents in pairs are numbered"
+        used = rows[rows >= 0]
+        first = self.packing.row_start[used]
+        return self.packing.document[ranges(first, self.packing.row_start[used + 1] - first)]
 
 
 class Loader:

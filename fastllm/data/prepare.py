@@ -5,14 +5,10 @@ and renamed; one process writes while others wait; a damaged one is made again, 
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from fastllm.config import UserError
 from fastllm.data import store
 from fastllm.data.accounting import Report
 from fastllm.data.fitting import DEFAULTS, Truncation
+from fastllm.data.once import made_once
 from fastllm.data.rows import SEQUENCES, Rows
 from fastllm.data.sources import (
     DataConfig,
@@ -42,7 +39,6 @@ from fastllm.data.tokenizer import (
     note_short_vocabulary,
     train_tokenizer,
 )
-from fastllm.files import sync
 
 _NOUNS = {"text": "documents", "chat": "conversations", "preference": "pairs",
           "judged": "judged answers"}
@@ -167,7 +163,7 @@ def _from_sources(
         raise UserError(f"data.cache_dir {cache} cannot be written: {error.strerror}") from error
     notes: list[str] = []
     if rows:
-        tokenizer = rows.encoder.tokenizer
+        tokenizer = rows.tokenizer
     if tokenizer is None:
         tokenizer = _tokenizer(data, config, source, cache, notes, progress)
     what = [store.FORMAT, source, tokenizer.fingerprint, *([rows.fingerprint] if rows else [])]
@@ -180,7 +176,7 @@ def _from_sources(
     def fault(place: Path) -> str | None:
         return store.fault_of(place, hashes=data.verify)
 
-    notes += _made_once(folder, fault, build, progress)
+    notes += made_once(folder, fault, build, progress)
     opened = TokenStore(folder)
     account = Report.from_dict(opened.meta["report"])
     return Prepared(opened, tokenizer, account, pack=data.pack, notes=notes + tokenizer.notes)
@@ -213,7 +209,7 @@ def _tokenizer(
         except (OSError, UserError, UnicodeDecodeError):
             return "it cannot be read"
 
-    notes += _made_once(folder, fault, build, progress)
+    notes += made_once(folder, fault, build, progress)
     tokenizer = load_tokenizer(folder)
     note_short_vocabulary(tokenizer, config)
     return tokenizer
@@ -253,7 +249,7 @@ def _write_rows(
     progress: Progress | None, rows: Rows,
 ) -> None:
     """Encodes rows into `folder`, each a document or two, with what is trained of them."""
-    tokenizer, group = rows.encoder.tokenizer, SEQUENCES[rows.kind]
+    tokenizer, group = rows.tokenizer, SEQUENCES[rows.kind]
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     position, largest = 0, 0
     documents = read_documents(data, files, report, progress, "tokenising", rows.reader())
@@ -303,59 +299,3 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _made_once(
-    folder: Path, fault: Callable[[Path], str | None], build: Callable[[Path], None],
-    progress: Progress | None,
-) -> list[str]:
-    """Makes `folder` by `build` unless it is there and sound; returns what the user should know.
-
-    Processes that want the same folder wait for the one that makes it.
-    """
-    if fault(folder) is None:
-        return []
-    try:
-        with _locked(folder.with_name(f"{folder.name}.lock"), progress):
-            found = fault(folder)
-            if found is None:
-                return []
-            # We hold the lock, so what another process left half-made has no owner.
-            for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-                shutil.rmtree(leftover)
-            temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-            temporary.mkdir()
-            try:
-                build(temporary)
-                _sync(temporary)
-                if folder.exists():
-                    os.replace(folder, folder.with_name(f"{folder.name}.tmp-damaged"))
-                os.replace(temporary, folder)
-                sync(folder.parent)
-            finally:
-                for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write prepared data to {folder.parent}: "
-                        f"{error.strerror or error}; free some space or set data.cache_dir"
-                        ) from error
-    return [] if found == store.ABSENT else [f"{folder} was damaged ({found}); it was made again"]
-
-
-@contextmanager
-def _locked(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Holds an advisory lock on `path`; it goes with the process, however that ends."""
-    with path.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress:
-                progress("waiting for another process that prepares the same data", 0, None)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _sync(folder: Path) -> None:
-    """The files and then the folder reach the disk before the rename does."""
-    for path in [*folder.iterdir(), folder]:
-        sync(path)

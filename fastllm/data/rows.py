@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastllm.data.sources import Encoded, Rejected, RowEncoder
+from fastllm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from fastllm.data.chat import ChatEncoder, Tokens
+    from fastllm.data.chat import ChatConfig, Tokens
 
 Kind = Literal["text", "chat", "preference", "judged"]
 SEQUENCES: dict[Kind, int] = {"text": 1, "chat": 1, "preference": 2, "judged": 2}
@@ -32,8 +33,11 @@ class Row(NamedTuple):
 class Rows:
     """How the rows of a source are read."""
 
-    def __init__(self, kind: Kind, encoder: "ChatEncoder") -> None:
-        self.kind, self.encoder = kind, encoder
+    def __init__(self, kind: Kind, tokenizer: Tokenizer, config: "ChatConfig") -> None:
+        from fastllm.data.chat import ChatEncoder
+
+        self.kind, self.tokenizer = kind, tokenizer
+        self.encoder = encoder = ChatEncoder(tokenizer, config)
         key = json.dumps([kind, encoder.fingerprint])
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
 

@@ -137,13 +137,13 @@ def preview(
     store, shown = prepared.store, []
     for number, row in enumerate(loader.rows_at(0).tolist()):
         batch = loader.packed.batch(np.array([row]))
-        inputs, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+        labels = batch.labels[0].tolist()
         segments, at = [], 0
         begin, end = loader.packing.row_start[row : row + 2].tolist()
         for piece in range(begin, end):
             start, length = int(loader.packing.start[piece]), int(loader.packing.length[piece])
             document = int(np.searchsorted(store.documents["start"], start, side="right")) - 1
-            ids = [inputs[at], *labels[at : at + length]]
+            ids = store.tokens[start : start + length + 1].tolist()
             trained = [False, *(label != IGNORE_INDEX for label in labels[at : at + length])]
             segments.append(PreviewSegment(
                 document, store.where(document), start - int(store.documents["start"][document]),

@@ -7,10 +7,12 @@ Llama 3 (contractions, letters with one leading mark, up to three digits, punctu
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -63,14 +65,28 @@ class TokenizerConfig:
     """The token that pads, likewise. It must not be the one that ends a document."""
 
 
+class Control(NamedTuple):
+    """A token that only a chat template may write; `special`: `encode` never makes it of text.
+
+    lstrip and rstrip: the token takes the whitespace before or after it with it.
+    """
+
+    id: int
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+
 class Tokenizer:
     """A thin face of a `tokenizers.Tokenizer`.
 
     bos_id is None where the tokenizer has no such token; eos_id and pad_id always exist and differ.
-    `notes` are things about it that the user should read.
+    `notes` are things about it that the user should read. `chat_template` is the jinja text that
+    came with it; it is no part of the fingerprint, since text is encoded the same without.
     """
 
-    def __init__(self, inner: Any, *, bos: str | None, eos: str, pad: str) -> None:
+    def __init__(self, inner: Any, *, bos: str | None, eos: str, pad: str,
+                 chat_template: str | None = None) -> None:
         self._inner = inner
         # Not kept in tokenizer.json: it belongs to how we read data, not to the vocabulary.
         inner.encode_special_tokens = True
@@ -81,6 +97,7 @@ class Tokenizer:
         self.eos_id = self._id(eos)
         self.pad_id = self._id(pad)
         self.notes: list[str] = []
+        self.chat_template = chat_template
         if self.eos_id == self.pad_id:
             raise UserError(f"the tokenizer's pad and eos tokens are the same ({eos!r}); "
                             "set tokenizer.pad_token to another of its tokens")
@@ -111,6 +128,40 @@ class Tokenizer:
         """Ids of the text alone: no bos, no eos, and special tokens in it as plain characters."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
+    @cached_property
+    def controls(self) -> dict[str, Control]:
+        """Spelling -> token: the special ones, and added ones in the shape of `<|name|>`.
+
+        A tokenizer may have the latter as ordinary tokens (DeepSeek's `<｜User｜>`), which `encode`
+        makes of any text. Tokens of one character are left out: such a text is ordinary text.
+        """
+        return {token.content: Control(number, token.special, token.lstrip, token.rstrip)
+                for number, token in self._inner.get_added_tokens_decoder().items()
+                if len(token.content) > 1
+                and (token.special or re.fullmatch(r"<[|｜].*[|｜]>", token.content, re.DOTALL))}
+
+    @cached_property
+    def prefix(self) -> Literal["first", "always"] | None:
+        """Where a space is put before text, as SentencePiece does: never (None), at the beginning
+        of the whole text, or also after every special token."""
+        return _prefix(json.loads(self._inner.to_str()))[1]
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The same tokenizer without the rule of `prefix`."""
+        import tokenizers
+
+        rules, prefix = _prefix(json.loads(self._inner.to_str()))
+        if prefix is None:
+            return self._inner
+        bare = tokenizers.Tokenizer.from_str(json.dumps(rules))
+        bare.encode_special_tokens = True
+        return bare
+
+    def encode_rest(self, text: str) -> list[int]:
+        """`encode` of a text that continues another: no space is put before it."""
+        return self._bare.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -128,7 +179,8 @@ class Tokenizer:
         """Writes the tokenizer to `path`, or to tokenizer.json in it where it is not a .json name.
 
         Beside a file called tokenizer.json goes a tokenizer_config.json with the names of bos, eos
-        and pad, so that `load_tokenizer` and transformers' AutoTokenizer find the same three.
+        and pad and the chat template, so that `load_tokenizer` and transformers' AutoTokenizer
+        find the same.
         """
         target = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,26 +192,79 @@ class Tokenizer:
                                   "clean_up_tokenization_spaces": False}
         if self.bos_token is not None:
             config["bos_token"] = self.bos_token
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         target.with_name("tokenizer_config.json").write_text(text, "utf-8")
 
 
-def _named_beside(path: Path) -> dict[str, str]:
-    """bos, eos, pad as a tokenizer_config.json beside the tokenizer names them."""
+def _prefix(rules: dict[str, Any]) -> tuple[dict[str, Any], Literal["first", "always"] | None]:
+    """(a tokenizer.json without its rule that puts a space before text, where the rule did so)."""
+    found: list[Literal["first", "always"]] = []
+
+    def without(step: Any) -> Any:
+        if not isinstance(step, dict):
+            return step
+        kind = step.get("type")
+        if kind == "Prepend":
+            found.append("always")
+            return None
+        if kind == "Metaspace":
+            scheme = step.get("prepend_scheme", "always")
+            if scheme != "never":
+                found.append("first" if scheme == "first" else "always")
+            return {**step, "prepend_scheme": "never"}
+        if kind == "ByteLevel" and step.get("add_prefix_space"):
+            found.append("always")
+            return {**step, "add_prefix_space": False}
+        for name in ("normalizers", "pretokenizers"):
+            if name in step:
+                parts = [without(part) for part in step[name]]
+                step = {**step, name: [part for part in parts if part is not None]}
+        return step
+
+    rules = {**rules, "normalizer": without(rules.get("normalizer")),
+             "pre_tokenizer": without(rules.get("pre_tokenizer"))}
+    return rules, max(found, default=None)
+
+
+def _read_beside(path: Path) -> tuple[dict[str, str], str | None]:
+    """(bos, eos, pad as a tokenizer_config.json beside the tokenizer names them; chat template).
+
+    A chat_template.jinja goes before the template in the config, as in transformers.
+    """
     config = path.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return {}
-    try:
-        values = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config} is not valid JSON: {error}") from error
+    values: Any = {}
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{config} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{config} holds no JSON object; write one, or remove the file")
     named = {}
     for role in KNOWN:
         token = values.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             named[role] = token
-    return named
+    return named, _template_beside(path.with_name("chat_template.jinja"), config, values)
+
+
+def _template_beside(file: Path, config: Path, values: dict[str, Any]) -> str | None:
+    if file.is_file():
+        try:
+            return file.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not UTF-8 text; convert it, or remove it") from None
+    template = values.get("chat_template")
+    if isinstance(template, list):
+        template = next((item.get("template") for item in template
+                         if isinstance(item, dict) and item.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{config}: chat_template is neither a string nor a list of templates with "
+                        "names; give one in chat.template")
+    return template
 
 
 def load_tokenizer(path: str | Path, config: TokenizerConfig | None = None) -> Tokenizer:
@@ -175,7 +280,7 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig | None = None) -> T
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
         raise UserError(f"{file} is not a tokenizer.json: {error}") from error
-    named = _named_beside(file)
+    named, chat_template = _read_beside(file)
 
     def pick(role: str, asked: str | None, unlike: str | None = None) -> str | None:
         if asked is not None:
@@ -190,7 +295,8 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig | None = None) -> T
     pad = pick("pad", config.pad_token, unlike=eos)
     if pad is None:
         raise UserError(f"{file}: no token other than {eos!r} can pad; set tokenizer.pad_token")
-    return Tokenizer(inner, bos=pick("bos", config.bos_token), eos=eos, pad=pad)
+    return Tokenizer(inner, bos=pick("bos", config.bos_token), eos=eos, pad=pad,
+                     chat_template=chat_template)
 
 
 def _pattern(max_digits: int) -> str:
