@@ -50,9 +50,9 @@ def import_gguf(path: Path, target: str | Path, dtype: torch.dtype | None,
     config = read_config(file)
     with torch.device("meta"):
         model = Decoder(config)
-    tokenizer, template = read_tokenizer(file, say)
+    tokenizer, template, stop_ids = read_tokenizer(file, say)
     return export._export(model, weights(file, model), target, tokenizer, template,
-                          dtype or _exact(file))
+                          dtype or _exact(file), stop_ids)
 
 
 def _exact(file: File) -> torch.dtype:

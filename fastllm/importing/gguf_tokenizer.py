@@ -33,8 +33,9 @@ _LONGEST_PIECE = 1000  # characters; finding a piece's halves takes the square o
 _SPACE = "▁"
 
 
-def read_tokenizer(file: File, say: Callable[[str], object]) -> tuple[Tokenizer, str | None]:
-    """(the tokenizer, its chat template if it has one).
+def read_tokenizer(file: File, say: Callable[[str], object]
+                   ) -> tuple[Tokenizer, str | None, list[int]]:
+    """(the tokenizer, its chat template if it has one, what ends a turn other than eos).
 
     bos is kept only where the file says that documents begin with it: `Tokenizer` puts it there.
     Raises UserError for a kind or a `tokenizer.ggml.pre` that is not known, and for a vocabulary
@@ -94,7 +95,7 @@ class _Reader:
             self.refuse(key, f"is not an array of {len(self.tokens)} numbers, one for each token")
         return value.tolist()
 
-    def read(self) -> tuple[Tokenizer, str | None]:
+    def read(self) -> tuple[Tokenizer, str | None, list[int]]:
         from tokenizers import AddedToken
 
         inner = self._byte_level() if self.kind == "gpt2" else self._sentencepiece()
@@ -112,14 +113,16 @@ class _Reader:
         bos = self._role("bos") if self._adds_bos() else None
         self._set_template(inner, bos, eos if self._get("add_eos_token", bool, False) else None)
         template = self.file.metadata.get("tokenizer.chat_template")
+        turn = self._name("eot_token_id")
         return (Tokenizer(inner, bos=bos, eos=eos, pad=self._pad(eos)),
-                template if isinstance(template, str) else None)
+                template if isinstance(template, str) else None,
+                [] if turn is None or turn == eos else [self.ids[turn]])
 
     # ---------------------------------------------------------------------------- vocabularies
 
     def _byte_level(self) -> Any:
         import tokenizers
-        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
         if self.pre not in PRE_TOKENIZERS:
             self.refuse("pre", f"{self.pre!r} is not supported, and how text is split follows "
@@ -142,6 +145,8 @@ class _Reader:
             first = [pre_tokenizers.Split(Regex(rule), behavior="isolated")]
         inner.pre_tokenizer = pre_tokenizers.Sequence([*first, in_bytes])
         inner.decoder = decoders.ByteLevel()
+        if self.pre == "qwen2":
+            inner.normalizer = normalizers.NFC()  # Qwen's own rule, which GGUF does not record
         return inner
 
     def _sentencepiece(self) -> Any:
