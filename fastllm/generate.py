@@ -6,7 +6,7 @@ generator, seeded by (seed, its place in the list): its text does not depend on 
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -76,7 +76,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateC
 
 def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None = None, *,
            eos_token_ids: Collection[int] = (), cache: KVCache | None = None,
-           place: int = 0) -> Iterator[int]:
+           place: int = 0) -> Generator[int, None, None]:
     """The tokens that follow one prompt, each as soon as it is drawn: those of `generate`.
 
     Args:

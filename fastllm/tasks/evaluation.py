@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastllm.config import UserError
+from fastllm.data.chat import BadRow
 from fastllm.data.sources import Progress
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.generate import GenerateConfig, generate
@@ -90,18 +91,16 @@ class _Asking:
         self.model, self.tokenizer, self.config, self.shots = model, tokenizer, config, shots
         self.progress = progress
         self.start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self.room = model.config.max_position_embeddings
+        self.room = model.config.max_position_embeddings - model.virtual_tokens
         self.cut: list[str] = []
-        # A tokenizer that puts a space of its own before every text would read ours as a second.
-        mark = tokenizer.token_id("▁a")
-        self.own_space = mark is not None and mark in tokenizer.encode("a")
 
     def choices(self, items: Sequence[Item]) -> tuple[Scores, Samples]:
         """acc and acc_norm of multiple choice; of equal likelihoods the first choice counts."""
         prompts, questions = [], []
         for index, item in enumerate(items):
             prompt, texts = choice_prompt(item, self.shots.of(index), self.config.letters)
-            ids = [self.tokenizer.encode(text[self.own_space:]) for text in texts]
+            # Apart from the prompt, so that the border is where the choices part.
+            ids = [self.tokenizer.encode_rest(text) for text in texts]
             context = self._fit(self.start + self.tokenizer.encode(prompt),
                                 max(map(len, ids)) - 1, item)
             if not context or not all(ids):
@@ -143,7 +142,10 @@ class _Asking:
                 ids = self.start + self.tokenizer.encode(exact_prompt(item, shots))
                 prompts.append(self._fit(ids, config.max_new_tokens, item))
             else:
-                ids = encoder.prompt(exact_messages(item, shots, config.system))
+                try:
+                    ids = encoder.prompt(exact_messages(item, shots, config.system))
+                except BadRow as error:
+                    raise UserError(f"{item.where}: {error.reason}") from None
                 if len(ids) + config.max_new_tokens > self.room:
                     raise UserError(f"{item.where}: the conversation has {len(ids)} tokens; with "
                                     f"task.max-new-tokens {config.max_new_tokens} it is longer "

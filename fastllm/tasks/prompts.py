@@ -69,7 +69,7 @@ def _shuffled(count: int, name: str) -> Iterator[int]:
 
 def choice_prompt(item: Item, shots: Sequence[Item], letters: bool) -> tuple[str, list[str]]:
     """(prompt, continuation of each choice). The prompt ends without a space, and the space that
-    follows it begins every continuation: byte-level tokenizers join it to the word."""
+    follows it begins every continuation, where tokenizers join it to the word."""
     parts = [_choice_question(shot, letters) + _choice_answer(shot, shot.right, letters)
              for shot in shots]
     prompt = "\n\n".join([*parts, _choice_question(item, letters)])

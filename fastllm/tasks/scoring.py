@@ -102,7 +102,8 @@ def _batch(model: Decoder, continuations: Sequence[Continuation]) -> list[float]
     labels = [token for one in continuations for token in one.ids]
     owner = [place for place, one in enumerate(continuations) for _ in one.ids]
 
-    device = model.lm_head_weight.device
+    head = model.lm_head_weight
+    device = head.device
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -110,7 +111,7 @@ def _batch(model: Decoder, continuations: Sequence[Continuation]) -> list[float]
     longest = max(len(inputs) for inputs in starts)
     hidden = model(tensor(ids)[None], position_ids=tensor(positions)[None],
                    cu_seqlens=tensor(borders, torch.int32), max_seqlen=longest)[0]
-    logp = ops.linear_logprobs(hidden[tensor(where)], model.lm_head_weight, tensor(labels),
+    logp = ops.linear_logprobs(hidden[tensor(where)], head, tensor(labels),
                                softcap=model.config.final_logit_softcapping)
     sums = torch.zeros(len(continuations), dtype=torch.float64)
     sums.index_add_(0, torch.tensor(owner), logp.double().cpu())

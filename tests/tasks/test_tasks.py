@@ -238,22 +238,23 @@ def test_json_and_table(model, tokenizer, write):
     assert not run_task(model, tokenizer, TaskConfig(path=[path])).samples
 
 
-def test_a_tokenizer_with_a_space_of_its_own_gets_no_second(model, tokenizer, write, monkeypatch):
-    class Sentences:
-        """As SentencePiece: ▁a is the word a, and a space before every text."""
-        bos_id, eos_id = None, 0
+def test_a_tokenizer_with_a_space_of_its_own_gets_no_second(tokenizer, write, monkeypatch):
+    """As SentencePiece's: a space goes before every text that begins, and none before the rest."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, normalizers, pre_tokenizers
 
-        def token_id(self, token):
-            return tokenizer.encode(" a")[0] if token == "▁a" else None
-
-        def encode(self, text):
-            return tokenizer.encode(" " + text)
-
-    seen = []
+    from fastllm.data.tokenizer import Tokenizer
     from fastllm.tasks import evaluation
+    words = ["<s>", "</s>", "<pad>", "▁", "▁one", "▁two", "▁Question:", "▁Q", "▁Answer:", "<unk>"]
+    inner = Inner(models.WordLevel({word: place for place, word in enumerate(words)}, "<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                             normalizers.Replace(" ", "▁")])
+    inner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    ours = Tokenizer(inner, bos="<s>", eos="</s>", pad="<pad>")
+    assert ours.encode("one") == [4] and ours.encode(" one") == [3, 4]
+    seen = []
     monkeypatch.setattr(evaluation, "loglikelihoods", lambda model, questions, **_: (
         seen.extend(questions), [[0.0] * len(question) for question in questions])[1])
-    path = write("a.jsonl", CHOICE_ROWS[:1])
-    run_task(model, Sentences(), TaskConfig(path=[path]))
-    run_task(model, tokenizer, TaskConfig(path=[path]))
-    assert [one.ids for one in seen[0]] == [one.ids for one in seen[1]]
+    rows = [{"question": "Q", "choices": ["one", "two"], "answer": 0}]
+    run_task(make_model(ours), ours, TaskConfig(path=[write("a.jsonl", rows)]))
+    assert [one.ids for one in seen[0]] == [[4], [5]]
