@@ -1,5 +1,7 @@
 """Causal grouped-query self-attention, and the cache of keys and values for generation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +45,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023) with RoPE and, if asked, QK-norm."""
+    """Grouped-query attention (Ainslie et al., 2023) with RoPE and, if asked, QK-norm, a sliding
+    window (Beltagy et al., 2020) and a softcap of the scores."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -53,9 +56,11 @@ class Attention(nn.Module):
         query, key = self.num_heads * self.head_size, self.kv_heads * self.head_size
         self.qkv_proj = Linear(config.hidden_size, bias=config.attention_bias,
                                parts={"q_proj": query, "k_proj": key, "v_proj": key})
-        self.o_proj = Linear(query, config.hidden_size)
-        self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else None
+        self.o_proj = Linear(query, config.hidden_size, bias=config.attention_output_bias)
+        norm = self.head_size, config.rms_norm_eps, config.rms_norm_offset
+        self.q_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.options = _options(config, layer)
         self.prefix: nn.Module | None = None
         """Puts keys and values before every document's own: (k, v, cu_seqlens, max_seqlen) to the
         longer ones. A cache holds them already."""
@@ -67,7 +72,7 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.num_heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin,
-                                    eps=self.q_norm.eps)
+                                    eps=self.q_norm.eps, offset=self.q_norm.offset)
         else:
             # A view of v would keep the whole projection until the backward; q and k leave it here.
             v = v.contiguous()
@@ -78,10 +83,23 @@ class Attention(nn.Module):
         elif self.prefix is not None:
             k, v, cu_keys, max_keys = self.prefix(k, v, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
-            out = ops.attention(q, k, v, causal=True)
+            out = ops.attention(q, k, v, causal=True, **self.options)
         else:
             packed = (tensor.flatten(0, 1) for tensor in (q, k, v))
             out = ops.attention(*packed, causal=True, cu_seqlens_q=cu_seqlens,
                                 cu_seqlens_k=cu_keys, max_seqlen_q=max_seqlen,
-                                max_seqlen_k=max_keys).view(q.shape)
+                                max_seqlen_k=max_keys, **self.options).view(q.shape)
         return self.o_proj(out.flatten(2))
+
+
+def _options(config: ModelConfig, layer: int) -> dict[str, Any]:
+    """What a layer asks of `ops.attention` beyond causal."""
+    options: dict[str, Any] = {}
+    window = config.window(layer)
+    if window is not None:
+        options["window"] = (window - 1, 0)     # the window counts the query itself
+    if config.attn_logit_softcapping is not None:
+        options["softcap"] = config.attn_logit_softcapping
+    if config.query_pre_attn_scalar is not None:
+        options["scale"] = config.query_pre_attn_scalar ** -0.5
+    return options

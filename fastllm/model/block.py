@@ -19,34 +19,48 @@ from fastllm.model.layers import Linear, RMSNorm, made_again
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+    """SwiGLU or GeGLU (Shazeer, 2020): down(act(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         width = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, parts={"gate_proj": width, "up_proj": width})
-        self.down_proj = Linear(width, config.hidden_size)
+        self.gate_up_proj = Linear(config.hidden_size, bias=config.mlp_bias,
+                                   parts={"gate_proj": width, "up_proj": width})
+        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.hidden_act = config.hidden_act
         self.recompute = config.recompute
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.gate_up_proj(x)
-        hidden = ops.swiglu(both)
+        hidden = self._gate(both)
         if self.recompute != "none":  # then checkpointing decides what is kept
             return self.down_proj(hidden)
-        with made_again(hidden, ops.swiglu, both):  # gate and up are kept anyway
+        with made_again(hidden, self._gate, both):  # gate and up are kept anyway
             return self.down_proj(hidden)
+
+    def _gate(self, both: Tensor) -> Tensor:
+        if self.hidden_act == "silu":
+            return ops.swiglu(both)
+        return ops.geglu(both, approximate="tanh")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With sandwich_norms each branch is normed once more before it is added, and the names of norms
+    are Gemma 2's: post_attention_layernorm is the second one of attention.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.dropout, self.recompute = config.dropout, config.recompute
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = config.hidden_size, config.rms_norm_eps, config.rms_norm_offset
+        self.input_layernorm = RMSNorm(*norm)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config)
+        self.pre_feedforward_layernorm = RMSNorm(*norm) if config.sandwich_norms else None
+        self.post_feedforward_layernorm = RMSNorm(*norm) if config.sandwich_norms else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None = None,
                 max_seqlen: int | None = None, cache: KVCache | None = None) -> Tensor:
@@ -64,10 +78,15 @@ class Block(nn.Module):
         normed = self.input_layernorm(x)
         with self._made_again(normed, self.input_layernorm, x):
             branch = self.self_attn(normed, cos, sin, cu_seqlens, max_seqlen, cache)
+        norm = self.post_attention_layernorm
+        if self.pre_feedforward_layernorm is not None:
+            branch, norm = norm(branch), self.pre_feedforward_layernorm
         x = x + self._drop(branch)
-        normed = self.post_attention_layernorm(x)
-        with self._made_again(normed, self.post_attention_layernorm, x):
+        normed = norm(x)
+        with self._made_again(normed, norm, x):
             branch = self.mlp(normed)
+        if self.post_feedforward_layernorm is not None:
+            branch = self.post_feedforward_layernorm(branch)
         return x + self._drop(branch)
 
     def _made_again(self, normed: Tensor, norm: RMSNorm, x: Tensor) -> AbstractContextManager[None]:

@@ -33,10 +33,14 @@ class Decoder(nn.Module):
                  initialize: bool = True):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size,
+                                      scaled=config.scale_embeddings)
         self.rotary = RotaryTable(config)
+        self.rotary_local = None
+        if config.rope_local_base_freq is not None:
+            self.rotary_local = RotaryTable(config, local=True)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_offset)
         self.lm_head = None
         self.head_change: Any = None
         """A module that changes the output head: `weight(own)` and `logits(hidden, own)`."""
@@ -65,16 +69,19 @@ class Decoder(nn.Module):
             ValueError: wrong shapes, or a document longer than max_position_embeddings.
         """
         self._check(input_ids, position_ids, cu_seqlens, max_seqlen, cache)
+        places: Tensor | slice
         if position_ids is None:
             start = cache.length if cache is not None else 0
-            span = slice(start, start + input_ids.shape[1])
-            cos, sin = self.rotary.cos[span], self.rotary.sin[span]
+            places = slice(start, start + input_ids.shape[1])
         else:
-            cos, sin = self.rotary(position_ids)
+            places = position_ids
+        far = self.rotary(places)
+        near = far if self.rotary_local is None else self.rotary_local(places)
         x = self.embed_tokens(input_ids)
         if self.config.dropout:
             x = dropout(x, self.config.dropout, self.training)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            cos, sin = far if self.config.window(index) is None else near
             x = layer(x, cos, sin, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])

@@ -52,7 +52,8 @@ def parameter_std(config: ModelConfig, name: str, shape: torch.Size) -> float:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter of a `Decoder`: matrices by `config.init`, norms 1, biases 0.
+    """Fill every parameter of a `Decoder`: matrices by `config.init`, biases 0, norms so that with
+    their offset they are 1.
 
     Args:
         generator: a CPU generator, of which one number is drawn; None means torch's own.
@@ -79,7 +80,7 @@ def filler(model: nn.Module, generator: torch.Generator | None = None
             if part.endswith(".bias"):
                 piece.zero_()
             elif piece.dim() == 1:
-                piece.fill_(1.0)
+                piece.fill_(1.0 - config.rms_norm_offset)
             else:
                 _fill_normal(piece, parameter_std(config, part, piece.shape), f"{base}/{part}")
 

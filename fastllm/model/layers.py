@@ -66,22 +66,33 @@ def made_again(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor
 
 
 class Embedding(nn.Embedding):
-    """A look-up of rows, filled by `init_weights`."""
+    """A look-up of rows, filled by `init_weights`; scaled, their product with sqrt(width)."""
+
+    def __init__(self, rows: int, width: int, *, scaled: bool = False):
+        super().__init__(rows, width)
+        self.scaled = scaled
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` fills every parameter by its name."""
 
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = super().forward(input_ids)
+        if not self.scaled:
+            return x
+        # The factor is rounded to the weights' type first, as Gemma's own is.
+        return x * torch.full((), self.embedding_dim ** 0.5, dtype=x.dtype, device=x.device)
+
 
 class RMSNorm(nn.Module):
-    """x * weight / sqrt(mean(x^2) + eps) over the last dimension."""
+    """x * (weight + offset) / sqrt(mean(x^2) + eps) over the last dimension."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps, offset=self.offset)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -92,21 +103,26 @@ class RotaryTable(nn.Module):
 
     Made in fp64, kept in fp32 whatever dtype the model is cast to (angles of thousands of radians
     mean nothing in bf16), and not saved: they follow from the config.
+
+    Args:
+        local: of the sliding layers, whose base is rope_local_base_freq and not stretched.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, local: bool = False):
         super().__init__()
-        self.config = config
+        self.config, self.local = config, local
         self._build(torch.get_default_device())
 
     def _build(self, device: torch.device) -> None:
-        cos, sin = ops.rope_tables(
-            self.config.max_position_embeddings, self.config.head_size,
-            theta=self.config.rope_theta, scaling=self.config.rope_scaling.parameters(),
-            device=device)
+        config = self.config
+        theta, scaling = config.rope_theta, config.rope_scaling.parameters()
+        if self.local and config.rope_local_base_freq is not None:
+            theta, scaling = config.rope_local_base_freq, {}
+        cos, sin = ops.rope_tables(config.max_position_embeddings, config.head_size, theta=theta,
+                                   scaling=scaling, device=device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -118,8 +134,11 @@ class RotaryTable(nn.Module):
             self._build(device)
         return self
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin at position_ids: each (*position_ids.shape, head_dim / 2) fp32."""
+    def forward(self, position_ids: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """cos and sin at position_ids: each (*position_ids.shape, head_dim / 2) fp32.
+
+        A slice of positions gives views, (its length, head_dim / 2).
+        """
         return self.cos[position_ids], self.sin[position_ids]
 
 
