@@ -40,7 +40,7 @@ TODAY = datetime.datetime(2024, 7, 26)
 MAX_VALUE, MAX_WORK, STEP, ITEM = 4 << 20, 64 << 20, 64, 16
 """Characters in one value, and read or made in one rendering (both grow with the conversation);
 the price in characters of one step of a loop, and of one item of a list or dict."""
-MAX_DEPTH, MAX_SECONDS, MAX_BITS = 60, 5.0, 4096
+MAX_DEPTH, MAX_SECONDS, MAX_BITS = 60, 2.0, 4096
 
 
 class Limit(jinja2.TemplateError):
@@ -53,7 +53,8 @@ class Budget:
     def __init__(self, characters: int) -> None:
         self.cap = MAX_VALUE + 4 * characters
         self.left = MAX_WORK + 100 * characters
-        self.deadline = time.thread_time() + MAX_SECONDS
+        self.seconds = MAX_SECONDS + characters / 1e6
+        self.deadline = time.thread_time() + self.seconds
         self.charges = 0
 
     def charge(self, work: int) -> None:
@@ -63,7 +64,7 @@ class Budget:
             raise Limit("the template does too much work")
         # Asking for the time is a system call; what one charge can cost is small or large itself.
         if (self.charges % 64 == 0 or work > 100_000) and time.thread_time() > self.deadline:
-            raise Limit(f"the template runs for more than {MAX_SECONDS:g} seconds")
+            raise Limit(f"the template runs for more than {self.seconds:.1f} seconds")
 
     def fits(self, size: int) -> None:
         """Raises Limit where a value of `size` characters is about to be made."""
@@ -152,6 +153,16 @@ _FILTERS = frozenset(
      "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select",
      "selectattr", "sort", "string", "sum", "title", "trim", "truncate", "unique", "upper",
      "urlencode", "wordcount"))
+# Filters and tests that look at a value without walking it, those that walk its top level, and
+# those of both that give back what they were given. Many templates ask `messages|length` in the
+# loop over messages: measuring all of them each time would be quadratic.
+_LOOK = frozenset((
+    "length", "count", "first", "last", "default", "d", "odd", "even", "divisibleby", "defined",
+    "undefined", "filter", "test", "none", "boolean", "false", "true", "integer", "float", "string",
+    "mapping", "number", "sequence", "iterable", "callable", "sameas", "escaped"))
+_TOP = frozenset(("list", "reverse", "items", "map", "select", "reject", "selectattr",
+                  "rejectattr"))
+_SAME = _LOOK | {"reverse"}
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
@@ -187,9 +198,12 @@ class _Guards(NodeTransformer):
             tick = nodes.ExprStmt(_call("_tick", nodes.Const(STEP + weight)))
             node.body = [tick.set_lineno(node.lineno), *node.body]
         elif isinstance(node, nodes.Compare):
-            node.expr = _call("_read", node.expr)
+            # Against a constant a list or dict is not walked to its depths.
+            sides = [node.expr, *(operand.expr for operand in node.ops)]
+            plain = len(sides) == 2 and any(isinstance(side, nodes.Const) for side in sides)
+            node.expr = _call("_scan" if plain else "_read", node.expr)
             for operand in node.ops:
-                operand.expr = _call("_read", operand.expr)
+                operand.expr = _call("_scan" if plain else "_read", operand.expr)
         elif isinstance(node, nodes.Concat):
             node.nodes = [_call("_read", part) for part in node.nodes]
             return _call("_read", node)
@@ -343,8 +357,7 @@ class Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         owner = getattr(obj, "__self__", None)
         name = getattr(obj, "__name__", "")
-        if isinstance(owner, str | list | tuple | dict):
-            self._budget.charge(_length(owner))
+        self._budget.charge(STEP + (0 if owner is None else _length(owner)))
         if isinstance(owner, str) and name == "replace":
             self._before(name, (owner, *args), kwargs)
         elif isinstance(owner, str) and name == "join" and args:
@@ -386,12 +399,14 @@ class Environment(ImmutableSandboxedEnvironment):
 
         def charged(*args: Any, **kwargs: Any) -> Any:
             front, rest = (args[:1], args[1:]) if passed else ((), args)
-            for value in (*rest, *kwargs.values()):
-                self._read(value)
+            for value in () if name in _LOOK else (*rest, *kwargs.values()):
+                (self._scan if name in _TOP else self._read)(value)
+            self._budget.charge(0)
             rest = self._before(name, rest, kwargs)
             rest = tuple(self._counted(value) if isinstance(value, Iterator) else value
                          for value in rest)
-            return self._read(function(*front, *rest, **kwargs))
+            made = function(*front, *rest, **kwargs)
+            return made if name in _SAME else self._read(made)
 
         return update_wrapper(charged, function)
 

@@ -96,7 +96,7 @@ class ChatTemplate:
             tree = self._environment.parse_guarded(source)
             self._template = self._environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template, line {error.lineno}: {_line(error)}") from None
+            raise UserError(f"the chat template, line {error.lineno}: {error.message}") from None
         # Deep nesting breaks the compiler in several ways, and none of them is our user's concern.
         except Exception as error:
             raise UserError(f"the chat template does not compile: {_line(error)}") from None
