@@ -199,15 +199,14 @@ class _Session:
             ids = self._prompt()
             for piece in self._pieces(ids):
                 answer += piece
-                self.console.out(self._shown(piece), end="", highlight=False)
-                self.console.file.flush()
-            self.console.out("")
+                self._write(piece)
+            self._write("\n")
         except UserError as error:
             self.say(f"({error})")
         except KeyboardInterrupt:
             self.say("\n(stopped)")
         if answer.strip():
-            self.turns.append({"role": "assistant", "content": answer.strip()})
+            self.turns.append({"role": "assistant", "content": answer})
         else:
             self.turns, self.first = turns, first
 
@@ -269,8 +268,15 @@ class _Session:
         self.cached = list(ids)
         return self.cache
 
+    def _write(self, text: str) -> None:
+        """What the model says, now and as it is: rich would take characters away."""
+        self.console.file.write(self._shown(text))
+        self.console.file.flush()
+
     def _shown(self, text: str) -> str:
-        """Text for a terminal, which must not obey what a model writes."""
+        """Text that the console can take. A terminal must not obey what a model writes."""
+        encoding = self.console.encoding
+        text = text.encode(encoding, "replace").decode(encoding)
         return text.translate(_CONTROL) if self.console.is_terminal else text
 
 
