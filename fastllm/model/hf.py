@@ -154,8 +154,9 @@ def _rope_from_hf(values: dict[str, Any], positions: int,
 
 def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its Hugging Face name, as a view of the model's parameters."""
-    for name, tensor in named_parts(model):
-        yield name if name.startswith("lm_head.") else f"model.{name}", tensor
+    for name, tensor in named_parts(model):  # a reward model has its decoder within it, and a score
+        outside = name.startswith(("lm_head.", "score."))
+        yield name if outside else f"model.{name.removeprefix('decoder.')}", tensor
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -307,7 +308,7 @@ def write(model: Decoder, weights: Iterable[Tensor], folder: str | Path, *, dtyp
     tokens: bos_token_id, eos_token_id and pad_token_id, each an id or None.
     """
     folder = Path(folder)
-    config = config_to_hf(model.config, dtype=dtype, **tokens)
+    config = config_to_hf(model.config, dtype=dtype, **tokens) | getattr(model, "hf_config", {})
     # A fused weight's parts are its rows in order, so the data are those of the parameters.
     slots = [files.Slot(name, dtype, tuple(part.shape)) for name, part in hf_tensors(model)]
     files.write_safetensors(folder / WEIGHTS, slots,

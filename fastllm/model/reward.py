@@ -1,0 +1,140 @@
+"""A reward model: a decoder whose output head is one number, and its folders.
+
+    reward(x, y) = w . h
+
+h (H,): the hidden state at the last input token, w (1, H): `score`, without a bias (Stiennon et
+al., arXiv:2009.01325; Ouyang et al., arXiv:2203.02155). A document of m tokens has m - 1 inputs, so
+its final token, which ends the answer, is a label only and is not read: the reward of a text is
+read at the last token before its end token. transformers' ...ForSequenceClassification reads at the
+last token that is not padding, so that it gives the same number for the text without its end token
+(and for the whole text too where the end token is also the one for padding).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from fastllm import files
+from fastllm.config import UserError
+from fastllm.model import hf
+from fastllm.model.config import ModelConfig
+from fastllm.model.decoder import Decoder
+from fastllm.model.init import filler
+from fastllm.model.layers import Linear
+
+
+class RewardModel(nn.Module):
+    """`decoder` without its output head, and `score`.
+
+    The decoder becomes part of it and loses its lm_head.
+
+    Args:
+        generator: source of score's first weights, distributed as the config says (CPU); None
+            means torch's own.
+    """
+
+    def __init__(self, decoder: Decoder, *, generator: torch.Generator | None = None):
+        super().__init__()
+        decoder.lm_head = None
+        self.decoder = decoder
+        own = decoder.embed_tokens.weight
+        self.score = Linear(decoder.config.hidden_size, 1).to(device=own.device, dtype=own.dtype)
+        if not own.is_meta:
+            filler(self, generator)("score.weight", self.score.weight)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self.decoder.config
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The decoder's."""
+        return self.decoder.embed_tokens
+
+    @property
+    def lm_head(self) -> None:
+        """There is none."""
+        return None
+
+    def forward(self, input_ids: Tensor, **positions: Any) -> Tensor:
+        """Hidden states (B, S, H), by the arguments of `Decoder.forward`."""
+        return self.decoder(input_ids, **positions)
+
+    def scores(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The reward of each segment, (N,) float32: `score` at its last position.
+
+        hidden (B, S, H), of `forward`; cu_seqlens (N + 1,) int32, where segments begin in the B * S
+        positions laid end to end.
+        """
+        last = hidden.flatten(0, 1)[cu_seqlens[1:].long() - 1]
+        # In fp32: a reward rounded to bf16 equals that of many another answer.
+        return linear(last.float(), self.score.weight.float()).squeeze(-1)
+
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """What config.json says beside, or in place of, the decoder's."""
+        causal = hf.ARCHITECTURES[hf.architecture(self.config)]
+        return {"architectures": [causal.replace("CausalLM", "SequenceClassification")],
+                "num_labels": 1, "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
+
+
+def save_reward(model: RewardModel, folder: str | Path, *, tokenizer: Any = None,
+                dtype: torch.dtype | None = None) -> None:
+    """Write the model as {Llama,Qwen2,Qwen3}ForSequenceClassification with one label.
+
+    The folder appears whole or not at all. tokenizer: a `Tokenizer`, whose files and ids of bos,
+    eos and pad are written too; without it transformers takes one text at a time, as it knows no
+    padding. dtype: of the written weights; None means the model's own. Raises UserError for a model
+    that no architecture holds, a tokenizer larger than the model, a folder that holds something
+    and a disk that cannot be written.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".{target.name}.tmp")
+    whole: Any = model  # hf reads a decoder's attributes, which a reward model has too
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the "
+                            f"model's vocab_size {model.config.vocab_size}")
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+               "pad_token_id": tokenizer.pad_id}
+    ours = {hf.CONFIG, hf.WEIGHTS, hf.GENERATION, "tokenizer.json", "tokenizer_config.json"}
+    try:
+        there = sorted(path.name for path in target.iterdir()) if target.exists() else []
+        if set(there) - ours:
+            raise UserError(f"{target} holds {min(set(there) - ours)}, which would be removed: "
+                            "name another folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.remove_tree(temporary)
+        files.make_folder(temporary)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        hf.write(whole, model.parameters(), temporary,
+                 dtype=dtype or model.score.weight.dtype, **ids)
+        for path in [*temporary.iterdir(), temporary]:
+            files.sync(path)
+        files.remove_tree(target)
+        files.rename(temporary, target)
+        files.sync(target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
+    finally:
+        files.remove_tree(temporary)
+
+
+def load_reward(folder: str | Path, *, dtype: torch.dtype = torch.float32,
+                device: torch.device | str = "cpu") -> RewardModel:
+    """The `RewardModel` in a folder of `save_reward`, or one of transformers' with one label.
+
+    dtype: of the weights. Raises UserError naming tensor and file, as for a folder of a language
+    model, which has no score.weight.
+    """
+    with torch.device("meta"):
+        model: Any = RewardModel(Decoder(hf.read_config(folder)))
+    model = model.to(dtype).to_empty(device=device)
+    hf.load_weights(model, folder)
+    return model
