@@ -6,8 +6,8 @@ from torch import Tensor
 from fastllm.adapters.base import Adapter
 from fastllm.model import Decoder
 
-ROUNDINGS = 16
-"""How many roundings of the largest logit a projection is allowed, see `difference_bound`."""
+ROUNDINGS = 4
+"""How many roundings of the largest logit a branch is allowed, see `difference_bound`."""
 
 
 def largest_difference(before: Tensor, after: Tensor) -> float:
@@ -23,17 +23,20 @@ def largest_difference(before: Tensor, after: Tensor) -> float:
 def difference_bound(before: Tensor, model: Decoder) -> float:
     """What merging may change in the logits `before` by rounding, in their units.
 
-    The merged weight is rounded once, the change's own product no longer; each of the 2 * layers
-    branches and the head so differ by a few units in the last place of the dtype. These are
-    independent, and add up as the square root of their number. The logits are sums over the hidden
-    state and carry its relative error, so the bound is relative to the largest logit:
-    16 eps sqrt(2 layers + 1) max|logit|.
+    The merged weight is rounded once to the dtype (eps), and the products sum their K terms in
+    fp32 in another way (eps32 sqrt(K), K the widest sum). Each of the 2 * layers branches and the
+    head differ by a few of these; they are independent and add up as the square root of their
+    number. The logits carry the hidden state's relative error, so the bound is
+    4 (eps + eps32 sqrt(K)) sqrt(2 layers + 1) max|logit|.
     A change that was lost or folded in wrongly moves the logits by its own effect, which is not of
     the size of a rounding for an adapter that learned anything.
     """
-    places = 2 * model.config.num_hidden_layers + 1
-    eps = torch.finfo(model.norm.weight.dtype).eps
-    return ROUNDINGS * eps * places**0.5 * float(before.abs().max())
+    config = model.config
+    branches = 2 * config.num_hidden_layers + 1
+    terms = max(config.hidden_size, config.intermediate_size)
+    rounding = torch.finfo(model.norm.weight.dtype).eps + (
+        torch.finfo(torch.float32).eps * terms**0.5)
+    return ROUNDINGS * rounding * branches**0.5 * float(before.abs().max())
 
 
 @torch.no_grad()

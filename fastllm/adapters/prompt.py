@@ -130,8 +130,9 @@ class PromptAdapter(Adapter):
             made.virtual_rows.copy_(base.weight[chosen.to(base.weight.device)])
         else:
             made.virtual_rows.copy_(self.draw("virtual_rows", made.virtual_rows.shape, 1.0))
-        for name, parameter in made.encoder.named_parameters() if made.encoder is not None else ():
-            linear: Any = made.encoder.get_submodule(name.rpartition(".")[0])
+        for name, parameter in ({} if made.encoder is None else
+                                dict(made.encoder.named_parameters())).items():
+            linear: Any = made.get_submodule(f"encoder.{name.rpartition('.')[0]}")
             bound = linear.in_features ** -0.5
             parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(
                 -bound, bound, generator=self.generator(f"encoder.{name}")))

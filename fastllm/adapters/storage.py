@@ -5,6 +5,7 @@ Nothing here reads pickle.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,7 +153,7 @@ def read_tensors(folder: str | Path, wanted: dict[str, Tensor], bases: dict[str,
     return found
 
 
-def _low_rank(values: dict[str, Any], refuse: Any) -> dict[str, Any]:
+def _low_rank(values: dict[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
     """The options of a PEFT LoraConfig."""
     targets = values.get("target_modules")
     if targets == ALL_LINEAR:
