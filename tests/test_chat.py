@@ -10,6 +10,7 @@ from rich.console import Console
 from task_models import make_model, train_on
 
 from fastllm import chat as room
+from fastllm.adapters import AdapterConfig, apply
 from fastllm.chat import TextStream, chat, load, save
 from fastllm.config import UserError
 from fastllm.data.chat import BadRow
@@ -358,3 +359,22 @@ def test_a_console_that_cannot_write_a_character_gets_a_question_mark(
         chat(model, tokenizer, FakeEncoder(tokenizer), config, read_line=lambda _: next(lines),
              console=Console(file=plain))
     assert raw.getvalue() == b"??\n"
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])
+def test_a_model_with_an_adapter_keeps_its_cache_too(tokenizer, name):
+    longest = 72 if name == "lora" else 72 + 20     # the virtual tokens take their part
+    model = make_model(tokenizer, max_position_embeddings=longest, dropout=0.0)
+    taught(model, FakeEncoder(tokenizer))
+    adapter = apply(model, AdapterConfig(name=name), seed=1)
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.add_(torch.randn(parameter.shape,
+                                       generator=torch.Generator().manual_seed(2)) / 10)
+    talk = Talk(model, tokenizer, LINES)
+    assert "not shown to the model" in talk.out
+    # Of a turn that did not fit, the last try is the one that was sent.
+    sent = {messages[-1]["content"]: messages for messages in talk.encoder.asked}
+    texts = [fresh(model, tokenizer, talk.encoder, talk.config, sent[line], place)
+             for place, line in enumerate(LINES)]
+    assert said(talk.messages) == texts

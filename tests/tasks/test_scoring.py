@@ -7,6 +7,7 @@ import pytest
 import torch
 from task_models import make_model
 
+from fastllm.adapters import AdapterConfig, apply
 from fastllm.config import RunError, UserError
 from fastllm.tasks.scoring import Continuation, loglikelihoods
 
@@ -94,3 +95,20 @@ def test_what_cannot_be_scored_is_refused(tokenizer, model):
         broken.norm.weight.fill_(torch.nan)
     with pytest.raises(RunError, match="not numbers"):
         loglikelihoods(broken, [[Continuation([1], [2])]], batch_tokens=10)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix", "lora"])
+def test_a_model_with_an_adapter_is_scored_with_it(tokenizer, name):
+    model = make_model(tokenizer)
+    questions = draw_questions(model.config.vocab_size, 4)
+    bare = loglikelihoods(model, questions, batch_tokens=1000)
+    adapter = apply(model, AdapterConfig(name=name), seed=1)
+    with torch.no_grad():
+        for _, parameter in adapter.named_parameters():
+            parameter.add_(torch.randn(parameter.shape,
+                                       generator=torch.Generator().manual_seed(2)))
+    ours = loglikelihoods(model, questions, batch_tokens=1000)
+    model.eval()
+    for question, sums, before in zip(questions, ours, bare, strict=True):
+        assert sums == pytest.approx([plain(model, one) for one in question], rel=1e-4)
+        assert sums != pytest.approx(before, rel=1e-2)
