@@ -44,8 +44,9 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: list(LINEAR))
     """lora, dora, qlora: the matrices that are changed: q_proj, k_proj, v_proj, o_proj, gate_proj,
     up_proj, down_proj (all-linear: these seven), embed_tokens, lm_head."""
-    block_size: Literal[32, 64, 128, 256] = 64
-    """qlora: weights of the frozen projections that share a scale; divides their columns."""
+    block_size: Annotated[int, Field(gt=0)] = 64
+    """qlora: weights of the frozen projections that share a scale, 32, 64, 128 or 256; it divides
+    their columns."""
     double_quant: bool = True
     """qlora: keep these scales in 8 bits too."""
     virtual_tokens: Annotated[int, Field(gt=0)] = 20

@@ -29,6 +29,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _fused(x: Tensor) -> bool:
+    """Whether `ops.lora_linear` is one operator for x, and not plain torch."""
+    return x.is_cuda
+
+
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The norms of the rows of weight (N, K) + scale b (N, r) a (r, K): (N,) in weight's type."""
@@ -121,7 +126,7 @@ class LoraLinear(Switch, Linear):
             return self._own(x, self.bias)
         a, b, gain = self._joined()
         bias = self.bias if gain is None else None
-        if x.is_cuda and not (self.dropout and self.training):
+        if _fused(x) and not (self.dropout and self.training):
             weight = self.weight if self.nf4 is None else self.nf4.value()
             y = ops.lora_linear(x, weight, a, b, scale=self.scale, bias=bias)
         else:

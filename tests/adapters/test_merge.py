@@ -127,6 +127,20 @@ def test_qlora_keeps_no_dense_weight_for_the_backward():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", MERGEABLE)
+def test_the_operator_of_a_gpu_gives_the_same(method, monkeypatch):
+    _, batch = packed([[5, 9, 2], [16]])
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr("fastllm.adapters.lora._fused", lambda x, fused=fused: fused)
+        adapter = adapted(method, attention_bias=True)
+        out = logits(adapter.model, **batch)
+        out.square().sum().backward()
+        found.append([out, *(p.grad for _, p in adapter.named_parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_against_float64(method):
     """Of every adapter parameter, in fp32, against the plain operators in fp64."""

@@ -16,7 +16,7 @@ from adapted import (
     stirred,
 )
 
-from fastllm import ops
+from fastllm import config, ops
 from fastllm.adapters import AdapterConfig, apply
 from fastllm.config import UserError
 from fastllm.generate import GenerateConfig, generate, stream
@@ -92,9 +92,9 @@ def test_a_cache_gives_what_the_whole_gives(method):
 @pytest.mark.parametrize("method", ["lora of everything", "prompt", "p-tuning", "prefix"])
 def test_generation(method):
     model = adapted(method).model
-    config = GenerateConfig(max_new_tokens=6, temperature=0)
+    options = GenerateConfig(max_new_tokens=6, temperature=0)
     prompts = [[3, 5, 7], [9, 2], [1, 2, 3]]
-    made = generate(model, prompts, config)
+    made = generate(model, prompts, options)
     with torch.no_grad():
         for prompt, tokens in zip(prompts, made, strict=True):
             text = list(prompt)
@@ -103,14 +103,14 @@ def test_generation(method):
                 text.append(token)
     # A cache that is kept between turns has the virtual tokens once.
     cache = KVCache(model.config, 1, 20 + model.virtual_tokens)
-    first = list(stream(model, prompts[0], config, cache=cache))
+    first = list(stream(model, prompts[0], options, cache=cache))
     assert first == made[0]
-    again = list(stream(model, prompts[0] + first + [4], config, cache=cache))
-    assert again == generate(model, [prompts[0] + first + [4]], config)[0]
+    again = list(stream(model, prompts[0] + first + [4], options, cache=cache))
+    assert again == generate(model, [prompts[0] + first + [4]], options)[0]
     room = model.config.max_position_embeddings - model.virtual_tokens
     with pytest.raises(UserError, match="longer than the model"):
-        generate(model, [[1] * (room - 5)], config)
-    assert generate(model, [[1] * (room - 6)], config)
+        generate(model, [[1] * (room - 5)], options)
+    assert generate(model, [[1] * (room - 6)], options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -232,6 +232,16 @@ def test_wrong_options_are_one_line(options, words):
     with pytest.raises(UserError, match=words) as caught:
         apply(decoder(), AdapterConfig(**options))
     assert "\n" not in str(caught.value)
+
+
+def test_the_section_is_read_as_typed():
+    words = ["--adapter.name", "qlora", "--adapter.block-size", "32", "--adapter.targets",
+             "all-linear", "lm_head", "--adapter.rslora", "--adapter.alpha", "8"]
+    made = config.build(AdapterConfig, config.from_arguments(words)["adapter"])
+    assert (made.block_size, made.scale, made.target_names()[-2:]) == (
+        32, 2.0, ["down_proj", "lm_head"])
+    with pytest.raises(UserError, match="dropout is set, but"):
+        config.build(AdapterConfig, {"name": "prefix", "dropout": 0.1})
 
 
 def test_one_adapter_a_model():
