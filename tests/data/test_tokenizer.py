@@ -101,6 +101,98 @@ def test_transformers_reads_it(tmp_path, tokenizer):
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
 
 
+class TestChatTemplate:
+    TEMPLATE = "{{ messages[0].content }} é\n"
+
+    def test_saved_and_loaded(self, tmp_path, texts):
+        tokenizer = train_bpe(texts, TokenizerConfig(vocab_size=320))
+        before = tokenizer.fingerprint
+        tokenizer.chat_template = self.TEMPLATE
+        tokenizer.save(tmp_path)
+        loaded = load_tokenizer(tmp_path)
+        assert loaded.chat_template == self.TEMPLATE
+        assert loaded.fingerprint == tokenizer.fingerprint == before
+
+    def test_transformers_reads_it(self, tmp_path, texts):
+        from transformers import AutoTokenizer
+
+        tokenizer = train_bpe(texts, TokenizerConfig(vocab_size=320))
+        tokenizer.chat_template = self.TEMPLATE
+        tokenizer.save(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path).chat_template == self.TEMPLATE
+
+    def test_none(self, tmp_path):
+        assert load_tokenizer(foreign(tmp_path, ["</s>", "<pad>"])).chat_template is None
+
+    @pytest.mark.parametrize("value", [
+        '"one"', '[{"name": "tool_use", "template": "x"}, {"name": "default", "template": "one"}]'])
+    def test_in_the_config(self, tmp_path, value):
+        folder = foreign(tmp_path, ["</s>", "<pad>"])
+        (folder / "tokenizer_config.json").write_text(f'{{"chat_template": {value}}}')
+        assert load_tokenizer(folder).chat_template == "one"
+        (folder / "chat_template.jinja").write_text("of the file")
+        assert load_tokenizer(folder).chat_template == "of the file"
+
+    @pytest.mark.parametrize("config", ['{"chat_template": 3}', "[]", "{"])
+    def test_broken(self, tmp_path, config):
+        folder = foreign(tmp_path, ["</s>", "<pad>"])
+        (folder / "tokenizer_config.json").write_text(config)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json"):
+            load_tokenizer(folder)
+
+    def test_not_text(self, tmp_path):
+        folder = foreign(tmp_path, ["</s>", "<pad>"])
+        (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+        with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8"):
+            load_tokenizer(folder)
+
+
+def test_controls(tmp_path):
+    inner = tokenizers.Tokenizer.from_file(str(foreign(tmp_path, ["</s>", "<pad>"])
+                                               / "tokenizer.json"))
+    inner.add_tokens(["<think>", "<｜User｜>"])
+    inner.add_special_tokens([tokenizers.AddedToken("<|end|>", rstrip=True), "@"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    controls = load_tokenizer(tmp_path).controls
+    assert {name: (control.special, control.rstrip) for name, control in controls.items()} == {
+        "</s>": (True, False), "<pad>": (True, False), "<｜User｜>": (False, False),
+        "<|end|>": (True, True)}
+    assert controls["<｜User｜>"].id == inner.token_to_id("<｜User｜>")
+
+
+def spaced(folder, rule):
+    """A tokenizer that puts a space before text, by one of the rules that do so."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    pre, norm = tokenizers.pre_tokenizers, tokenizers.normalizers
+    if rule == "bytes":
+        inner.pre_tokenizer = pre.Sequence([pre.ByteLevel(add_prefix_space=True)])
+    else:
+        scheme = "always" if rule == "prepend" else rule
+        inner.pre_tokenizer = pre.Metaspace(prepend_scheme=scheme)
+    tokens = ["<unk>", "<s>", "</s>", "<pad>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=tokens, show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet())
+    inner.train_from_iterator(["hello what is this [INST] [/INST] yes"] * 9, trainer)
+    if rule == "prepend":
+        inner.normalizer = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")])
+        inner.pre_tokenizer = None
+    inner.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("rule", "prefix"), [
+    ("prepend", "always"), ("always", "always"), ("first", "first"), ("never", None),
+    ("bytes", "always")])
+def test_space_before_text(tmp_path, rule, prefix):
+    tokenizer = spaced(tmp_path, rule)
+    assert tokenizer.prefix == prefix
+    whole = tokenizer.encode("hello what is")
+    assert [*tokenizer.encode("hello"), *tokenizer.encode_rest(" what is")] == whole
+    assert (tokenizer.encode("what") == tokenizer.encode_rest("what")) == (prefix is None)
+    assert tokenizer.encode(" what") == tokenizer.encode_rest(" what")
+
+
 def foreign(tmp_path, tokens):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -183,6 +183,7 @@ class ChatEncoder:
 
     def _find_stops(self) -> frozenset[int]:
         stops = {self._tokenizer.eos_id}
+        controls = {control.id for control in self._tokenizer.controls.values()}
         asked = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "content": "b"}
         call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -191,11 +192,14 @@ class ChatEncoder:
             [asked, {"role": "assistant", "tool_calls": [call]}]]
         for messages in probes:
             try:
-                stops.add(self._encode(Chat(messages, 0, None), "last").ids[-1])
+                tokens = self._encode(Chat(messages, 0, None), "last")
             except BadRow as error:
                 # Many templates refuse a system message or calls, and are told so row by row.
                 if error.kind == "template limit":
                     raise UserError(error.reason) from None
+            else:
+                last = max(i for i, flag in enumerate(tokens.trained) if flag)
+                stops |= {tokens.ids[last]} & controls
         spelled = [token for token, control in self._tokenizer.controls.items()
                    if control.id in stops]
         self._speech.learn(_any_of(spelled))

@@ -357,7 +357,7 @@ class Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         owner = getattr(obj, "__self__", None)
         name = getattr(obj, "__name__", "")
-        self._budget.charge(STEP + (0 if owner is None else _length(owner)))
+        self._budget.charge(4 * STEP + (0 if owner is None else _length(owner)))
         if isinstance(owner, str) and name == "replace":
             self._before(name, (owner, *args), kwargs)
         elif isinstance(owner, str) and name == "join" and args:

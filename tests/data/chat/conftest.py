@@ -12,7 +12,8 @@ SPECIAL = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_
 @pytest.fixture(scope="session")
 def tokenizer():
     words = "user assistant system model hello yes no what think\n"
-    return train_bpe([words * 20] * 5, TokenizerConfig(vocab_size=340, special_tokens=SPECIAL))
+    words += words.replace(" ", "\n")
+    return train_bpe([words * 20] * 5, TokenizerConfig(vocab_size=420, special_tokens=SPECIAL))
 
 
 @pytest.fixture

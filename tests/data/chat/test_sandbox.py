@@ -45,7 +45,7 @@ READS = {
 }
 COSTS = {
     "loops": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
-    "loops that pass over": "{% for a in range(99999) if 0 %}{% endfor %}" * 2000,
+    "loops that pass over": "{% for a in range(99999) if 0 %}{% endfor %}" * 300,
     "calls": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
              "{{ f(50) }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
