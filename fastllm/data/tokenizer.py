@@ -199,7 +199,7 @@ class Tokenizer:
 
 
 def _prefix(rules: dict[str, Any]) -> tuple[dict[str, Any], Literal["first", "always"] | None]:
-    """(a tokenizer.json without its rule that puts a space before text, where the rule did so)."""
+    """(a tokenizer.json without its rules that put a space before text, where those put it)."""
     found: list[Literal["first", "always"]] = []
 
     def without(step: Any) -> Any:
@@ -225,7 +225,7 @@ def _prefix(rules: dict[str, Any]) -> tuple[dict[str, Any], Literal["first", "al
 
     rules = {**rules, "normalizer": without(rules.get("normalizer")),
              "pre_tokenizer": without(rules.get("pre_tokenizer"))}
-    return rules, max(found, default=None)
+    return rules, "always" if "always" in found else found[0] if found else None
 
 
 def _read_beside(path: Path) -> tuple[dict[str, str], str | None]:

@@ -190,7 +190,9 @@ def test_space_before_text(tmp_path, rule, prefix):
     whole = tokenizer.encode("hello what is")
     assert [*tokenizer.encode("hello"), *tokenizer.encode_rest(" what is")] == whole
     assert (tokenizer.encode("what") == tokenizer.encode_rest("what")) == (prefix is None)
-    assert tokenizer.encode(" what") == tokenizer.encode_rest(" what")
+    # Only Llama 2's normalizer puts a space before a space.
+    twice = tokenizer.encode(" what") != tokenizer.encode_rest(" what")
+    assert twice == (rule == "prepend")
 
 
 def foreign(tmp_path, tokens):

@@ -17,7 +17,7 @@ from fastllm.config import UserError
 from fastllm.data.chat import formats
 from fastllm.data.chat.formats import BadRow, Chat, Message
 from fastllm.data.chat.sandbox import CUT, GUARD
-from fastllm.data.chat.spans import Span, Speech
+from fastllm.data.chat.spans import Span, Speech, unmark
 from fastllm.data.chat.template import ChatTemplate, template_source
 from fastllm.data.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ class ChatEncoder:
         checked = formats.messages_of(messages, "messages")
         checked, tools = self._ready(checked, formats.tools_of({"tools": tools}))
         text = self._speech.template.render(checked, tools, add_generation_prompt=True)
-        return self._tokens(re.sub("[\ufdd1\ufdd2]", "", text), []).ids
+        return self._tokens(unmark(text)[0], []).ids
 
     # one conversation -----------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class Speech:
         `wanted`: indices of assistant messages. Raises BadRow where the template refuses the
         messages or does not show a turn.
         """
-        text, marked = _unmark(self.template.render(messages, tools))
+        text, marked = unmark(self.template.render(messages, tools))
         everyone = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if self.template.marks and wanted == everyone:
             return text, marked
@@ -65,7 +65,7 @@ class Speech:
             if error.kind == "template limit":
                 raise
             return None
-        return _unmark(rendered)[0]
+        return unmark(rendered)[0]
 
     def _span(self, text: str, messages: list[Message], tools: Any, i: int) -> Span:
         given = self._render(messages[:i], tools, generate=True)
@@ -145,7 +145,7 @@ def _common(one: str, two: str) -> int:
     return low
 
 
-def _unmark(text: str) -> tuple[str, list[Span]]:
+def unmark(text: str) -> tuple[str, list[Span]]:
     """The text without OPEN and CLOSE, and the spans that they enclosed (the outermost ones)."""
     parts, spans, at, depth, begin = [], [], 0, 0, 0
     for part in re.split(f"([{OPEN}{CLOSE}])", text):
