@@ -283,7 +283,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _each(self, values: Any) -> Any:
         if hasattr(values, "__len__"):
-            self._budget.charge(len(values))
+            # Passing over an item that an `if` leaves out is work too, and no tick counts it.
+            self._budget.charge(8 * len(values))
             return values
         return self._counted(values)
 
@@ -354,7 +355,8 @@ class Environment(ImmutableSandboxedEnvironment):
             _check_widths("9999" if "%(" not in form or "*" in form else form)
         self._budget.fits(len(form) + form.count("%") * self._measure(values))
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /,  # type: ignore[override]
+             *args: Any, **kwargs: Any) -> Any:
         owner = getattr(obj, "__self__", None)
         name = getattr(obj, "__name__", "")
         self._budget.charge(4 * STEP + (0 if owner is None else _length(owner)))
