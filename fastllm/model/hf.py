@@ -1,4 +1,5 @@
-"""Decoders to and from Hugging Face folders (config.json, safetensors) of Llama, Qwen2 and Qwen3.
+"""Decoders to and from Hugging Face folders (config.json, safetensors) of the families that
+`hf_config` names.
 
 Weights stream tensor by tensor both ways, so beside the model only one tensor is held. Nothing here
 reads pickle. A tensor that is missing, left over or of another shape is a `UserError` that names it
@@ -8,148 +9,27 @@ and its file.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastllm import files
-from fastllm.config import UserError, build
-from fastllm.model.config import ROPE_FIELDS, ROPE_NEEDED, ModelConfig
+from fastllm.config import UserError
+from fastllm.model.config import ModelConfig
 from fastllm.model.decoder import Decoder
+from fastllm.model.hf_config import ARCHITECTURES as ARCHITECTURES
+from fastllm.model.hf_config import CONFIG as CONFIG
+from fastllm.model.hf_config import DTYPES, config_from_hf, config_to_hf
+from fastllm.model.hf_config import architecture as architecture
 from fastllm.model.layers import named_parts
 
-CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+WEIGHTS, GENERATION = "model.safetensors", "generation_config.json"
 INDEX = WEIGHTS + ".index.json"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
-# Fields of config.json that bear the same name and meaning in ModelConfig.
-_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-           "rms_norm_eps", "tie_word_embeddings")
-# What transformers assumes where config.json is silent and ModelConfig would assume otherwise.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
-           torch.float64: "float64"}
 # Old Llama files hold RoPE's frequencies, which follow from the config.
 _DERIVED = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
-
-
-def architecture(config: ModelConfig) -> str:
-    """The model_type that holds this config: llama, qwen2 or qwen3.
-
-    Raises UserError, naming why, where none of them can.
-    """
-    def refuse(why: str) -> NoReturn:
-        raise UserError(f"no Hugging Face architecture of ours holds this model: {why}")
-
-    if config.final_logit_softcapping is not None:
-        refuse("none of Llama, Qwen2 and Qwen3 has final_logit_softcapping")
-    if config.qk_norm and config.attention_bias:
-        refuse("Qwen3 has qk_norm and Qwen2 has the query, key and value bias, none has both")
-    if config.qk_norm:
-        return "qwen3"
-    if config.attention_bias:
-        return "qwen2"
-    if config.hidden_size % config.num_attention_heads:
-        refuse(f"Llama wants hidden_size {config.hidden_size} to be a multiple of "
-               f"num_attention_heads {config.num_attention_heads}")
-    return "llama"
-
-
-def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.float32,
-                 bos_token_id: int | None = None, eos_token_id: int | list[int] | None = None,
-                 pad_token_id: int | None = None) -> dict[str, Any]:
-    """The content of config.json. RoPE is written as transformers 5 reads it and as 4 does."""
-    model_type = architecture(config)
-    values = {name: getattr(config, name) for name in _SHARED}
-    values |= {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
-    scaling = config.rope_scaling
-    rope = scaling.parameters()
-    values |= {
-        "architectures": [ARCHITECTURES[model_type]],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "initializer_range": config.init_std,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
-        "rope_scaling": rope if scaling.rope_type != "default" else None,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "use_cache": True,
-        "dtype": _DTYPES[dtype],
-        "torch_dtype": _DTYPES[dtype],
-    }
-    if model_type == "llama":
-        values |= {"attention_bias": False, "mlp_bias": False}
-    elif model_type == "qwen3":
-        values |= {"attention_bias": False}
-    return values
-
-
-def config_from_hf(values: dict[str, Any], source: str = CONFIG) -> ModelConfig:
-    """The `ModelConfig` that the content of a config.json says.
-
-    Raises UserError, naming `source` and the field, for a model that `Decoder` is not.
-    """
-    def refuse(why: str) -> NoReturn:
-        raise UserError(f"{source}: {why}")
-
-    model_type = values.get("model_type")
-    if model_type not in ARCHITECTURES:
-        refuse(f"model_type '{model_type}' is not supported; "
-               f"there are: {', '.join(ARCHITECTURES)}")
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                 "num_attention_heads"):
-        if values.get(name) is None:
-            refuse(f"lacks {name}")
-    if values.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act '{values['hidden_act']}' is not supported; only silu is")
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        if values.get(name):
-            refuse(f"{name} = {values[name]} is not supported")
-    given = {name: values[name] for name in _SHARED if values.get(name) is not None}
-    if model_type in _DEFAULT_HEAD_DIM and "head_dim" not in values:
-        given["head_dim"] = _DEFAULT_HEAD_DIM[model_type]
-    given.setdefault("max_position_embeddings", _DEFAULT_POSITIONS[model_type])
-    given |= _rope_from_hf(values, given["max_position_embeddings"], refuse)
-    try:
-        return build(ModelConfig, {
-            **_DEFAULTS, **given, "qk_norm": model_type == "qwen3",
-            "attention_bias": model_type == "qwen2",
-            "init_std": values.get("initializer_range") or ModelConfig.init_std})
-    except UserError as error:
-        refuse(str(error))
-
-
-def _rope_from_hf(values: dict[str, Any], positions: int,
-                  refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    """rope_theta and rope_scaling, as layers of `ModelConfig`."""
-    # transformers 5 writes rope_parameters, theta included; 4 wrote rope_theta and rope_scaling.
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        refuse(f"rope_scaling is {rope!r}; it must be an object")
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_FIELDS:
-        refuse(f"rope_type '{kind}' is not supported; there are: {', '.join(ROPE_FIELDS)}")
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor other than 1 is not supported")
-    scaling = {"rope_type": kind}
-    for key in ROPE_FIELDS[kind]:
-        if rope.get(key) is not None:
-            scaling[key] = rope[key]
-        elif key == "original_max_position_embeddings":
-            scaling[key] = positions
-        elif key in ROPE_NEEDED[kind]:
-            refuse(f"the {kind} rope_scaling lacks {key}")
-    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
@@ -178,7 +58,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None,
     config = dataclasses.replace(config_from_hf(values, str(path)), **changes)
     if dtype is None:
         named = values.get("dtype", values.get("torch_dtype")) or "float32"
-        known = {text: kind for kind, text in _DTYPES.items()}
+        known = {text: kind for kind, text in DTYPES.items()}
         if named not in known:
             raise UserError(f"{path}: dtype '{named}' is not supported; "
                             f"there are: {', '.join(known)}")
