@@ -149,6 +149,9 @@ def test_the_oldest_turns_give_way_and_that_is_said(tokenizer):
     assert talk.out.count("no longer fit and are not shown to the model") >= 1
     kept = talk.encoder.asked[-1]
     assert kept[0]["role"] == "system" and kept[1]["role"] == "user" and len(kept) < 8
+    for asked in talk.encoder.asked:    # turns go whole
+        assert [message["role"] for message in asked[1:]] == [
+            ("user", "assistant")[place % 2] for place in range(len(asked) - 1)]
     assert len(talk.messages) == 9      # nothing is lost of what /save writes
     text = fresh(model, tokenizer, talk.encoder, talk.config, kept, 3)
     assert text == said(talk.messages)[-1]

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from task_models import make_model, train_on
 
+from fastllm.adapters import AdapterConfig, apply
 from fastllm.config import UserError
 from fastllm.tasks import Metric, TaskConfig, run_task
 from fastllm.tasks.prompts import Shots, choice_prompt, exact_messages, exact_prompt
@@ -258,3 +259,23 @@ def test_a_tokenizer_with_a_space_of_its_own_gets_no_second(tokenizer, write, mo
     rows = [{"question": "Q", "choices": ["one", "two"], "answer": 0}]
     run_task(make_model(ours), ours, TaskConfig(path=[write("a.jsonl", rows)]))
     assert [one.ids for one in seen[0]] == [[4], [5]]
+
+
+def test_a_stop_text_ends_the_work_too(taught, tokenizer, write, monkeypatch):
+    steps, forward = [], type(taught).forward
+    monkeypatch.setattr(type(taught), "forward", lambda self, ids, **kwargs: (
+        steps.append(1), forward(self, ids, **kwargs))[1])
+    config = {"kind": "exact", "path": [write("a.jsonl", EXACT_ROWS[:1])], "max_new_tokens": 24}
+    run_task(taught, tokenizer, TaskConfig(**config))
+    whole = len(steps)
+    run_task(taught, tokenizer, TaskConfig(**config, stop=[" it"]))
+    assert len(steps) - whole < whole
+
+
+@pytest.mark.parametrize("kind", ["choice", "exact"])
+def test_virtual_tokens_take_their_room(tokenizer, write, kind):
+    model = make_model(tokenizer, max_position_embeddings=64)
+    apply(model, AdapterConfig(name="prompt", virtual_tokens=20))
+    rows = [{"question": "zig zag " * 40, "answer": 0, "choices": ["a", "b"]}]
+    config = TaskConfig(kind=kind, path=[write("a.jsonl", rows)], max_new_tokens=8)
+    assert run_task(model, tokenizer, config).truncated == 1
