@@ -54,6 +54,7 @@ def _noise(embedding: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
     segment = torch.bucketize(place, bounds[1:], right=True)
     length = bounds.diff()[segment].view(batch.input_ids.shape)
 
+    @torch.compiler.disable  # a graph would be made anew for every batch, whose lengths it holds
     def add(_module: nn.Module, _args: Any, x: Tensor) -> Tensor:
         if x.shape[:-1] != length.shape:
             raise UserError("loss.neftune-alpha does not go with an adapter of virtual tokens "
