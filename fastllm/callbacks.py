@@ -18,7 +18,7 @@ from rich.text import Text
 
 STEP_KEYS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu",
              "memory_bytes", "seconds")
-EVAL_KEYS = ("step", "val_loss", "val_bpb")
+EVAL_KEYS = ("step", "val_loss")
 
 
 class Callback:
@@ -35,7 +35,8 @@ class Callback:
         """After an optimizer step; record has STEP_KEYS, and `skipped` if no weight changed."""
 
     def on_eval(self, record: dict[str, Any]) -> None:
-        """After an evaluation; record has EVAL_KEYS (nats per token, bits per byte)."""
+        """After an evaluation; record has EVAL_KEYS and what belongs to the objective: val_bpb
+        (bits per byte), or of pairs val_accuracy."""
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         """After a checkpoint is on disk and verified."""
@@ -139,8 +140,14 @@ class ProgressBar(Callback):
             self._show()
 
     def on_eval(self, record: dict[str, Any]) -> None:
-        self._say(f"step {record['step']}: held-out loss {_fixed(record['val_loss'], 4)}, "
-                  f"{_fixed(record['val_bpb'], 4)} bits per byte", "bold")
+        words = [f"held-out loss {_fixed(record['val_loss'], 4)}"]
+        if "val_bpb" in record:
+            words.append(f"{_fixed(record['val_bpb'], 4)} bits per byte")
+        if "val_accuracy" in record:
+            words.append(f"accuracy {percent(record['val_accuracy'])}")
+        if "val_margin" in record:
+            words.append(f"margin {_fixed(record['val_margin'], 4)}")
+        self._say(f"step {record['step']}: {', '.join(words)}", "bold")
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         self._say(f"step {step}: saved {path}", "dim")
@@ -219,6 +226,8 @@ def describe_step(record: Mapping[str, Any]) -> list[str]:
         f"lr {scientific(record['lr'])}",
         f"mem {data_size(record['memory_bytes'])}",
     ]
+    if "accuracy" in record:
+        words.insert(1, f"accuracy {percent(record['accuracy'])}")
     if record.get("power_watts") is not None:
         words.append(f"{record['power_watts']:.0f} W")
     return words

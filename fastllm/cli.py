@@ -28,7 +28,7 @@ class Verb:
     config: type
     call: Callable[..., Any]
     model: bool = False
-    """Takes a MODEL: a run folder or a Hugging Face folder."""
+    """Takes a MODEL: a run folder, a Hugging Face folder, or what else the verb says."""
     preset: str | None = None
     """The preset that is in force without --preset."""
 
@@ -36,8 +36,16 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb("train a small model on text that is on every machine, in about three minutes",
                  run.RunConfig, run.demo, preset="demo"),
-    "pretrain": Verb("train a model on text: --data.path FILES --out DIR", run.RunConfig,
-                     run.pretrain),
+    "pretrain": Verb("train a model on text, new or --from MODEL: --data.path FILES --out DIR",
+                     run.RunConfig, run.train),
+    "sft": Verb("fine-tune on conversations, whole or an adapter: --from MODEL --data.path FILES",
+                run.SftRun, run.train),
+    "dpo": Verb("train on preferences (--loss.name dpo, ipo, kto, orpo, simpo): --from MODEL "
+                "--data.path FILES", run.PreferenceRun, run.train),
+    "reward": Verb("train a reward model on pairs of answers: --from MODEL --data.path FILES",
+                   run.RewardRun, run.train),
+    "import": Verb("write MODEL, a .gguf or PyTorch file, in Hugging Face layout: --out DIR",
+                   commands.ImportRun, commands.import_model, model=True),
     "launch": Verb("start ranks of a command: [--nproc N] VERB ...; also on several nodes",
                    LaunchConfig, launch),
     "tokenizer train": Verb("train a byte-level BPE tokenizer: --data.path FILES --out FILE",
@@ -46,12 +54,16 @@ VERBS: dict[str, Verb] = {
                          commands.data_prepare),
     "data stats": Verb("documents, tokens, lengths, packing efficiency", commands.DataRun,
                        commands.data_stats),
-    "data preview": Verb("show packed rows as the model sees them", commands.DataRun,
-                         commands.data_preview),
-    "eval": Verb("loss and bits per byte of MODEL on text: --data.path FILES", commands.EvalRun,
-                 commands.evaluate_model, model=True),
+    "data preview": Verb("show packed rows as the model sees them, trained tokens in colour",
+                         commands.DataRun, commands.data_preview),
+    "eval": Verb("loss and bits per byte of MODEL on text (--data.path FILES), or its answers on a "
+                 "task (--task.path FILES)", commands.EvalRun, commands.evaluate_model, model=True),
     "generate": Verb("continue a prompt: --prompt TEXT", commands.GenerateRun,
                      commands.generate_from_model, model=True),
+    "chat": Verb("talk with MODEL in the terminal", commands.ChatRun, commands.chat_with_model,
+                 model=True),
+    "merge": Verb("fold an adapter (MODEL) into its base: --out DIR", commands.MergeRun,
+                  commands.merge_adapter, model=True),
     "export": Verb("write MODEL in Hugging Face layout: --out DIR", commands.ExportRun,
                    commands.export_model, model=True),
     "info": Verb("this machine, versions, and which backend each op gets and why", commands.InfoRun,
@@ -121,7 +133,9 @@ def _configure(verb: Verb, arguments: list[str]) -> Any:
     layers = [preset(str(name))] if name else []
     layers += [config.from_yaml(str(file))] if file else []
     layer = config.merge(*layers, given)
-    return config.build(verb.config, run.complete(layer) if verb.config is run.RunConfig else layer)
+    if issubclass(verb.config, run.RunConfig):
+        layer = run.complete(layer, verb.config)
+    return config.build(verb.config, layer)
 
 
 def _overview() -> str:
@@ -133,7 +147,9 @@ def _overview() -> str:
               f"{PROGRAM} VERB --help lists every setting of a verb; --debug shows tracebacks.",
               "", "first steps:", f"  {PROGRAM} demo",
               f"  {PROGRAM} pretrain --preset minimind-26m --data.path text.jsonl --out runs/first",
-              f"  {PROGRAM} generate runs/first --prompt 'Once upon a time'"]
+              f"  {PROGRAM} generate runs/first --prompt 'Once upon a time'",
+              f"  {PROGRAM} sft --from MODEL --adapter.name lora --data.path chats.jsonl "
+              "--out runs/sft", f"  {PROGRAM} chat runs/sft"]
     return "\n".join(lines)
 
 
@@ -142,8 +158,11 @@ def _help(name: str, verb: Verb) -> None:
     import tyro
 
     base = preset(verb.preset) if verb.preset else {}
+    if issubclass(verb.config, run.RunConfig):
+        base = run.complete(base, verb.config)
     usage = f"{PROGRAM} {name}" + (" MODEL" if verb.model else "")
-    tyro.cli(verb.config, prog=usage, args=["--help"], default=config.build(verb.config, base),
+    tyro.cli(verb.config, prog=usage, args=["--help"],
+             default=config.build(verb.config, base, joined=False),
              description=f"{verb.summary}. Also: --config FILE.yaml, --preset NAME "
                          f"({', '.join(PRESETS)}), --debug.",
              config=(tyro.conf.AvoidSubcommands,))

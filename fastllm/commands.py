@@ -1,30 +1,39 @@
-"""What the commands other than training do: data, tokenizer, eval, generate, export, info."""
+"""What the commands other than training do: data, tokenizer, import, eval, generate, chat, merge,
+export, info."""
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fastllm import checkpoint, config, data, doctor, generate
-from fastllm.config import UserError
-from fastllm.data import DataConfig, Tokenizer, TokenizerConfig
+from fastllm import adapters, chat, data, doctor, generate, importing
+from fastllm.config import RunError, UserError
+from fastllm.data import DataConfig, Kind, Prepared, TokenizerConfig
+from fastllm.data.chat import ChatConfig, ChatEncoder
 from fastllm.evaluate import evaluate
 from fastllm.export import export, export_checkpoint
 from fastllm.generate import GenerateConfig
-from fastllm.model import Decoder, ModelConfig, hf
 from fastllm.objectives import pretrain
 from fastllm.run import (
-    RunConfig,
+    DTYPES,
     data_progress,
+    find_base,
+    open_model,
     pick_device,
     prepare_data,
+    rows_of,
     training_dtype,
 )
+from fastllm.run.settings import From
+from fastllm.tasks import TaskConfig, run_task
 
+_PROBE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; def f(x): return x"
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -43,7 +52,13 @@ class RowConfig:
 class DataRun:
     """Settings of `data prepare`, `data stats` and `data preview`."""
 
+    kind: Kind = "text"
+    """What the records are: texts, conversations (chat), pairs of answers (preference), or answers
+    with a judgement (judged, for KTO)."""
+    from_: From = None
+    """--from: the model whose tokenizer and chat template are used."""
     data: DataConfig = field(default_factory=DataConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: RowConfig = field(default_factory=RowConfig)
     rows: Annotated[int, Field(gt=0)] = 2
@@ -66,6 +81,14 @@ class EvalRun:
 
     data: DataConfig = field(default_factory=lambda: DataConfig(holdout=0.0))
     """What to evaluate on: all of it with holdout 0 (the default here), else the held-out part."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """With task.path: questions with known answers, in place of the loss on a text."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    kind: Kind = "text"
+    """What the records of --data.path are: texts, or conversations (chat), of which the loss is
+    that of the answers."""
+    out: str | None = None
+    """A .json file that the results are written to as well."""
     seq_len: Annotated[int, Field(gt=1)] | None = None
     """Tokens in a row; none: 512, or the model's longest if that is shorter."""
     batch_size: Annotated[int, Field(gt=0)] = 8
@@ -74,6 +97,13 @@ class EvalRun:
     """auto: the GPU where there is one."""
     dtype: Dtype = "auto"
     """Of weights and activations."""
+
+    def validate(self) -> None:
+        if self.task.path and (self.data.path or self.data.format == "python-docs"):
+            raise ValueError("task.path and data.path are both given: evaluate one at a time")
+        if self.kind in ("preference", "judged"):
+            raise ValueError("--kind: eval takes text or chat; preferences are evaluated by `dpo` "
+                             "and `reward` on what they hold out")
 
 
 @dataclass(kw_only=True)
@@ -99,51 +129,49 @@ class ExportRun:
 
 
 @dataclass(kw_only=True)
+class ImportRun:
+    """Settings of `import MODEL`."""
+
+    out: str | None = None
+    """The folder to write in Hugging Face layout."""
+    dtype: Dtype = "auto"
+    """Of the written weights; auto: as they are, and fp32 for what was quantised."""
+
+
+@dataclass(kw_only=True)
+class MergeRun:
+    """Settings of `merge ADAPTER`."""
+
+    out: str | None = None
+    """The folder to write the merged model to, in Hugging Face layout."""
+    base: str | None = None
+    """The model to merge into; none: the one that the adapter names."""
+    dtype: Dtype = "auto"
+    """Of the merged weights; auto: as the base's are."""
+    bound: Annotated[float, Field(gt=0)] | None = None
+    """The largest difference of a logit that is let pass; none: what rounding in the dtype
+    explains."""
+
+
+@dataclass(kw_only=True)
+class ChatRun(GenerateConfig):
+    """Settings of `chat MODEL`."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)] = 512
+    """Tokens of an answer at most."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    device: Device = "auto"
+    """auto: the GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Of weights and activations."""
+
+
+@dataclass(kw_only=True)
 class InfoRun:
     """Settings of `info`."""
 
     device: Device = "auto"
     """The device whose backends are listed; auto: the GPU where there is one."""
-
-
-def open_model(path: str, *, device: torch.device, dtype: torch.dtype | None = None
-               ) -> tuple[Decoder, Tokenizer]:
-    """Model and tokenizer of a run folder (its model/, else its newest checkpoint) or of a folder
-    in Hugging Face layout. dtype None: as stored. Raises UserError where it is neither."""
-    found, shape = find_model(path)
-    if shape is None:
-        model = hf.load(found, dtype=dtype)
-        return model.to(device).eval(), data.load_tokenizer(found)
-    saved = _newest(found)
-    model = Decoder(shape, initialize=False)
-    model.to(saved.layout["model"]["embed_tokens.weight"].dtype)
-    saved.fill("model", dict(model.named_parameters()))
-    return model.to(device, dtype).eval(), data.load_tokenizer(found)
-
-
-def find_model(path: str) -> tuple[Path, ModelConfig | None]:
-    """(a Hugging Face folder, None), or (a run folder with checkpoints alone, its model's config).
-
-    Raises UserError where the path is neither.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"no such model: {path} (a run folder or a Hugging Face folder)")
-    for exported in (folder / "model", folder):
-        if (exported / hf.CONFIG).is_file():
-            return exported, None
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(f"{path} is neither a run folder (no checkpoints/) nor a Hugging Face "
-                        f"folder (no {hf.CONFIG})")
-    return folder, config.build(RunConfig, config.from_yaml(folder / "config.yaml")).model
-
-
-def _newest(folder: Path) -> checkpoint.Checkpoint:
-    """The newest good checkpoint of a run folder."""
-    saved = checkpoint.newest(folder / "checkpoints", lambda line: print(line))
-    if saved is None:
-        raise UserError(f"{folder} holds no checkpoint yet: train it first")
-    return saved
 
 
 def train_tokenizer(settings: TokenizerRun) -> None:
@@ -161,23 +189,39 @@ def train_tokenizer(settings: TokenizerRun) -> None:
     print(f"{tokenizer.vocab_size:,} tokens: {target}")
 
 
+def _prepared(settings: DataRun) -> Prepared:
+    """The data that a command of `data` is about."""
+    tokenizer = None
+    if settings.from_ is not None:
+        tokenizer = find_base(settings.from_).tokenizer()
+    elif settings.tokenizer.path is not None:
+        tokenizer = data.load_tokenizer(settings.tokenizer.path, settings.tokenizer)
+    if settings.kind == "text":
+        return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer)
+    if tokenizer is None:
+        raise UserError(f"--kind {settings.kind} needs --from MODEL or --tokenizer.path: rows are "
+                        "read by a tokenizer and its chat template")
+    return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
+                        rows=rows_of(settings.kind, tokenizer, settings.chat))
+
+
 def data_prepare(settings: DataRun) -> None:
     """`data prepare`."""
-    prepared = prepare_data(settings.data, settings.tokenizer)
+    prepared = _prepared(settings)
     for line in prepared.summary():
         print(line)
 
 
 def data_stats(settings: DataRun) -> None:
     """`data stats`."""
-    prepared = prepare_data(settings.data, settings.tokenizer)
+    prepared = _prepared(settings)
     Console().print(data.render_stats(data.stats(prepared, settings.train.seq_len,
                                                  seed=settings.train.seed)))
 
 
 def data_preview(settings: DataRun) -> None:
     """`data preview`."""
-    prepared = prepare_data(settings.data, settings.tokenizer)
+    prepared = _prepared(settings)
     Console().print(data.render_preview(data.preview(
         prepared, settings.train.seq_len, seed=settings.train.seed, rows=settings.rows)))
 
@@ -186,31 +230,52 @@ def evaluate_model(path: str, settings: EvalRun) -> None:
     """`eval MODEL`."""
     device = pick_device(settings.device)
     dtype, _ = training_dtype(settings.dtype, device)
-    model, tokenizer = open_model(path, device=device, dtype=dtype)
+    model, tokenizer, base = open_model(path, device=device, dtype=dtype)
+    if settings.task.path:
+        encoder = ChatEncoder(tokenizer, settings.chat) if settings.task.chat else None
+        with data_progress() as progress:
+            answers = run_task(model, tokenizer, settings.task, encoder=encoder,
+                               eos_token_ids={tokenizer.eos_id, *base.stop_ids()},
+                               progress=progress)
+        Console().print(answers.render())
+        _results(settings.out, {"model": path, **answers.to_dict()})
+        return
     seq_len = settings.seq_len or min(512, model.config.max_position_embeddings)
+    rows = None if settings.kind == "text" else rows_of(settings.kind, tokenizer, settings.chat)
     prepared = prepare_data(settings.data, TokenizerConfig(), tokenizer=tokenizer,
-                            vocab_size=model.config.vocab_size)
+                            vocab_size=model.config.vocab_size, rows=rows)
     split = "heldout" if settings.data.holdout else "train"
     held = data.EvalSet(prepared, seq_len, settings.batch_size, split=split)
     result = evaluate(model, held, held.num_bytes, device=device, loss=pretrain.loss)
+    result["perplexity"] = math.exp(min(result["val_loss"], 700.0))
     table = Table(title=path)
     for name, value in (("loss (nats a token)", f"{result['val_loss']:.4f}"),
+                        ("perplexity", f"{result['perplexity']:.4g}"),
                         ("bits per byte", f"{result['val_bpb']:.4f}"),
                         ("tokens", f"{result['val_tokens']:,}"),
                         ("bytes", f"{held.num_bytes:,}")):
         table.add_row(name, value)
     Console().print(table)
+    _results(settings.out, {"model": path, "seq_len": seq_len, "bytes": held.num_bytes, **result})
+
+
+def _results(target: str | None, result: dict[str, Any]) -> None:
+    """Write results as JSON where a file is named."""
+    if target is not None:
+        place = Path(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def generate_from_model(path: str, settings: GenerateRun) -> None:
     """`generate MODEL`."""
     device = pick_device(settings.device)
     dtype, _ = training_dtype(settings.dtype, device)
-    model, tokenizer = open_model(path, device=device, dtype=dtype)
+    model, tokenizer, base = open_model(path, device=device, dtype=dtype)
     prompts = settings.prompt or [""]
     texts = generate.generate_text(model, tokenizer, prompts, settings,
                                    bos_token_id=tokenizer.bos_id,
-                                   eos_token_ids={tokenizer.eos_id, *hf.stop_tokens(path)})
+                                   eos_token_ids={tokenizer.eos_id, *base.stop_ids()})
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 
@@ -221,14 +286,56 @@ def export_model(path: str, settings: ExportRun) -> None:
         raise UserError("export needs --out DIR: where to write the model")
     device = torch.device("cpu")
     dtype = None if settings.dtype == "auto" else training_dtype(settings.dtype, device)[0]
-    found, shape = find_model(path)
-    if shape is None:
-        model, tokenizer = open_model(path, device=device)
-        target = export(model, settings.out, tokenizer=tokenizer, dtype=dtype)
+    base = find_base(path)
+    tokenizer, stop = base.tokenizer(), base.stop_ids()
+    if base.adapter:
+        raise UserError(f"{path} is an adapter: merge it (fastllm-train merge {path} --out "
+                        f"{settings.out})")
+    if base.checkpoint:
+        target = export_checkpoint(base.checkpoint, base.config, settings.out, dtype=dtype,
+                                   tokenizer=tokenizer, stop_ids=stop)
     else:
-        target = export_checkpoint(_newest(found), shape, settings.out, dtype=dtype,
-                                   tokenizer=data.load_tokenizer(found))
+        target = export(base.build(None), settings.out, tokenizer=tokenizer, dtype=dtype,
+                        stop_ids=stop)
     print(target)
+
+
+def import_model(path: str, settings: ImportRun) -> None:
+    """`import MODEL`."""
+    if settings.out is None:
+        raise UserError("import needs --out DIR: where to write the model")
+    dtype = None if settings.dtype == "auto" else DTYPES[settings.dtype]
+    print(importing.import_model(path, settings.out, dtype=dtype))
+
+
+def merge_adapter(path: str, settings: MergeRun) -> None:
+    """`merge ADAPTER`."""
+    if settings.out is None:
+        raise UserError("merge needs --out DIR: where to write the model")
+    found = find_base(path)
+    if found.adapter is None:
+        raise UserError(f"{path} is not an adapter: it has no adapter_config.json")
+    base = found if settings.base is None else find_base(settings.base)
+    model = base.build(None if settings.dtype == "auto" else DTYPES[settings.dtype])
+    adapter = adapters.load(model, found.adapter)
+    tokenizer = base.tokenizer()
+    ids = torch.tensor([tokenizer.encode(_PROBE)])
+    difference, bound = adapters.merge_check(adapter, ids)
+    bound = settings.bound or bound
+    print(f"largest difference of a logit: {difference:.3g} (bound {bound:.3g})")
+    if not difference <= bound:
+        raise RunError(f"merging changes logits by {difference:.3g}, more than {bound:.3g}: "
+                       "nothing is written; merge in --dtype fp32, or give --bound")
+    print(export(model, settings.out, tokenizer=tokenizer, stop_ids=base.stop_ids()))
+
+
+def chat_with_model(path: str, settings: ChatRun) -> None:
+    """`chat MODEL`."""
+    device = pick_device(settings.device)
+    dtype, _ = training_dtype(settings.dtype, device)
+    model, tokenizer, base = open_model(path, device=device, dtype=dtype)
+    chat.chat(model, tokenizer, ChatEncoder(tokenizer, settings.chat), settings,
+              system=settings.chat.system, eos_token_ids=base.stop_ids())
 
 
 def info(settings: InfoRun) -> None:

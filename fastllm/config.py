@@ -8,6 +8,7 @@ the key, the value and the nearest right one.
 
 import dataclasses
 import difflib
+import keyword
 import os
 import types
 import typing
@@ -84,7 +85,7 @@ def from_arguments(arguments: list[str]) -> dict[str, Any]:
         while not equals and i < len(arguments) and not arguments[i].startswith("--"):
             values.append(arguments[i])
             i += 1
-        path = key.replace("-", "_").split(".")
+        path = [_name(part) for part in key.split(".")]
         node = layer
         for part in path[:-1]:
             node = node.setdefault(part, {})
@@ -108,8 +109,10 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build(cls: type[T], layer: dict[str, Any]) -> T:
+def build(cls: type[T], layer: dict[str, Any], *, joined: bool = True) -> T:
     """An instance of the dataclass `cls` from a nested dict, every key and value checked.
+
+    joined: check also rules that join several keys; else a key may be missing yet.
 
     Raises UserError in one line that names the first offending key, its value and the mend.
     A `validate()` method of `cls` runs last, for rules that join several keys.
@@ -119,7 +122,7 @@ def build(cls: type[T], layer: dict[str, Any]) -> T:
         config = pydantic.TypeAdapter(cls).validate_python(shaped)
     except pydantic.ValidationError as error:
         raise UserError(_first_line(cls, error)) from None
-    for value in [*vars(config).values(), config]:
+    for value in [*vars(config).values(), config] if joined else []:
         validate = getattr(value, "validate", None)
         if dataclasses.is_dataclass(value) and callable(validate):
             try:
@@ -151,7 +154,14 @@ def keys(cls: type, prefix: str = "") -> list[str]:
 
 def flag(key: str) -> str:
     """`train.batch_size` as people type it: `train.batch-size`."""
-    return key.replace("_", "-")
+    return key.rstrip("_").replace("_", "-")
+
+
+def _name(key: str) -> str:
+    """`batch-size` as the field's name: `batch_size`; a word of Python's, such as from, has an
+    underscore after it."""
+    name = str(key).replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def nearest(word: str, choices: list[str]) -> str:
@@ -163,7 +173,7 @@ def nearest(word: str, choices: list[str]) -> str:
 def normalise(node: Any) -> Any:
     """Keys with underscores all the way down: YAML may write batch-size or batch_size."""
     if isinstance(node, dict):
-        return {str(key).replace("-", "_"): normalise(value) for key, value in node.items()}
+        return {_name(key): normalise(value) for key, value in node.items()}
     return node
 
 
@@ -182,7 +192,7 @@ def _shape(cls: type, layer: dict[str, Any], path: tuple[str, ...]) -> dict[str,
     """The layer with unknown keys refused, and 'none' words and one-element lists put right."""
     fields = _fields(cls)
     shaped: dict[str, Any] = {}
-    for key, value in layer.items():
+    for key, value in normalise(layer).items():
         here = (*path, key)
         positive = key.removeprefix("no_")
         if key not in fields and fields.get(positive) is bool and value is True:
@@ -234,7 +244,7 @@ def _first_line(cls: type, error: pydantic.ValidationError) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key.rstrip("_"): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -6,7 +6,7 @@ beside it, which is then renamed.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,30 @@ _QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 
 
 def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = None,
-           chat_template: str | None = None, dtype: torch.dtype | None = None) -> Path:
+           chat_template: str | None = None, dtype: torch.dtype | None = None,
+           stop_ids: Collection[int] = ()) -> Path:
     """Write model and tokenizer into `folder`, replacing an earlier export; returns it.
 
     The architecture follows from the config: Llama, Qwen2 (bias) or Qwen3 (QK-norm).
 
     Args:
         tokenizer: its files, and the ids of its bos, eos and pad; None writes the model alone.
-        chat_template: jinja text for `apply_chat_template`, kept with the tokenizer.
+        chat_template: jinja text for `apply_chat_template`, kept with the tokenizer; None means
+            the tokenizer's own, if it has one.
         dtype: of the written weights; None means the model's own.
+        stop_ids: tokens besides eos that end a text, such as the one that ends a turn.
 
     Raises UserError for a model that none of the architectures holds, a tokenizer that has more
     tokens than the model or that transformers would read otherwise, a folder that holds other
     files, and a disk that cannot be written.
     """
     return _export(model, model.parameters(), folder, tokenizer, chat_template,
-                   dtype or model.embed_tokens.weight.dtype)
+                   dtype or model.embed_tokens.weight.dtype, stop_ids)
 
 
 def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path, *,
                       tokenizer: Tokenizer | None = None, chat_template: str | None = None,
-                      dtype: torch.dtype | None = None) -> Path:
+                      dtype: torch.dtype | None = None, stop_ids: Collection[int] = ()) -> Path:
     """`export` of a checkpoint's weights, straight from its files to the folder's.
 
     One tensor is in memory at a time, and the result is that of the whole model to the byte.
@@ -61,22 +64,25 @@ def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path
                             "config.yaml belongs to another run")
     weights = (saved.tensor("model", name) for name in wanted)
     return _export(model, weights, folder, tokenizer, chat_template,
-                   dtype or stored["embed_tokens.weight"].dtype)
+                   dtype or stored["embed_tokens.weight"].dtype, stop_ids)
 
 
 def _export(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
-            tokenizer: Tokenizer | None, chat_template: str | None, dtype: torch.dtype) -> Path:
+            tokenizer: Tokenizer | None, chat_template: str | None, dtype: torch.dtype,
+            stop_ids: Collection[int]) -> Path:
     """`export` of a model whose weights, in the order of its parameters, may lie elsewhere."""
     kind = hf.architecture(model.config)
     target = Path(folder)
     _check_replaceable(target)
     temporary = target.with_name(f".{target.name}.tmp")
-    ids: dict[str, int | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids: dict[str, int | list[int] | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the "
                             f"model's vocab_size {model.config.vocab_size}")
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+        more = sorted(set(stop_ids) - {tokenizer.eos_id})
+        ids = {"bos_token_id": tokenizer.bos_id,
+               "eos_token_id": [tokenizer.eos_id, *more] if more else tokenizer.eos_id,
                "pad_token_id": tokenizer.pad_id}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

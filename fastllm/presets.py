@@ -38,6 +38,37 @@ def minimind_64m() -> Layer:
     return {**minimind_26m(), "model": shapes.minimind_64m()}
 
 
+def minimind_sft() -> Layer:
+    """`sft`: MiniMind's full fine-tuning, with packed rows and warm-up."""
+    return {
+        "train": {"epochs": 2, "batch_size": 16, "seq_len": 768},
+        "optim": {"lr": 1e-5},
+        "schedule": {"name": "minimind", "warmup": 0.02},
+    }
+
+
+def minimind_lora() -> Layer:
+    """`sft`: MiniMind's LoRA, rank 16, on every projection: its own code reaches the square ones
+    alone (q_proj and o_proj), a tenth of what can be adapted."""
+    return {
+        "adapter": {"name": "lora", "rank": 16, "alpha": 16},
+        "train": {"epochs": 10, "batch_size": 32, "seq_len": 340},
+        "optim": {"lr": 1e-4},
+        "schedule": {"name": "minimind", "warmup": 0.02},
+    }
+
+
+def minimind_dpo() -> Layer:
+    """`dpo`: MiniMind's stage but for the learning rate: at its 4e-8 the loss stays at ln 2 (its
+    steps are below the rounding of its fp16 weights); 1e-6 is what the field takes."""
+    return {
+        "loss": {"name": "dpo", "beta": 0.15},
+        "train": {"epochs": 1, "batch_size": 4, "seq_len": 1024},
+        "optim": {"lr": 1e-6},
+        "schedule": {"name": "minimind", "warmup": 0.02},
+    }
+
+
 def llama_1b() -> Layer:
     """Llama-3.2-1B's shape, bf16, with the usual pretraining recipe."""
     return {
@@ -57,6 +88,7 @@ def llama_8b() -> Layer:
 
 PRESETS: dict[str, Callable[[], Layer]] = {
     "demo": demo, "minimind-26m": minimind_26m, "minimind-64m": minimind_64m,
+    "minimind-sft": minimind_sft, "minimind-lora": minimind_lora, "minimind-dpo": minimind_dpo,
     "llama-1b": llama_1b, "llama-8b": llama_8b,
 }
 

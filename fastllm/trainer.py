@@ -1,9 +1,9 @@
 """The training loop: the only file that knows model, data, optimizer, ranks and checkpoints.
 
-One step: take grad_accum micro-batches, sum their loss over tokens, divide by the trained tokens of
-the whole step on all ranks, clip by the global norm, update. The host reads a few numbers (loss,
-norm) a step, after the update was queued. A non-finite norm leaves weights and optimizer state
-untouched, on every rank.
+One step: take grad_accum micro-batches, sum their loss over what it counts (trained tokens, or
+pairs), divide by their number in the whole step on all ranks, clip by the global norm, update. The
+host reads a few numbers (loss, norm) a step, after the update was queued. A non-finite norm leaves
+weights and optimizer state untouched, on every rank.
 """
 
 import math
@@ -15,17 +15,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastllm import checkpoint
 from fastllm.callbacks import Callback
 from fastllm.checkpoint import Checkpoint, CheckpointConfig
-from fastllm.config import RunError, UserError
+from fastllm.config import RunError
 from fastllm.data.collate import Batch
 from fastllm.data.loader import Loader
 from fastllm.dist.mesh import ALONE, World
 from fastllm.dist.zero import Zero
-from fastllm.model import Decoder
 from fastllm.monitor import Monitor
 from fastllm.optim import GradAccumulator, LossScaler, Optimizer, ScheduleConfig, lr_at
 from fastllm.pieces import Piece
@@ -75,25 +74,33 @@ class Progress:
     best_step: int | None = None
     best_loss: float = math.inf
     seconds: float = 0.0
+    stale: int = 0
+    """Evaluations since the best one."""
+    ended_early: bool = False
+    """Whether the run is over because it no longer became better."""
 
 
 class Trainer:
     """Runs the steps of one training run.
 
-    loss: (model, batch) -> (sum of the loss over trained tokens, 0-d fp32; their number).
-    evaluate: model -> record with val_loss (nats a token) and val_bpb, or None to never evaluate.
+    loss: (model, batch) -> (sum of the loss over its tokens or pairs, 0-d fp32; their number), and
+    perhaps a dict of other such sums, whose means join the step's record.
+    evaluate: model -> record with val_loss and more, or None to never evaluate. patience: end after
+    so many evaluations without a better val_loss; 0: never. eval_on_start: evaluate before the
+    first step; that one never is the best.
+    Parameters without requires_grad are taken for the base's: they are in no checkpoint.
     peak_flops: of the device in the dtype of training, for MFU.
     world, zero: the ranks, and the model as sharded over them; zero is None on one rank. loss then
     is this rank's, evaluate's figures are those of all.
     """
 
-    def __init__(self, *, model: Decoder, optimizer: Optimizer, loader: Loader, total_steps: int,
-                 loss: Callable[[Any, Batch], tuple[Tensor, int]], train: TrainConfig,
+    def __init__(self, *, model: nn.Module, optimizer: Optimizer, loader: Loader, total_steps: int,
+                 loss: Callable[[Any, Batch], tuple[Any, ...]], train: TrainConfig,
                  schedule: ScheduleConfig, checkpoints: CheckpointConfig, folder: Path,
                  device: torch.device, callbacks: Sequence[Callback] = (),
                  scaler: LossScaler | None = None,
                  evaluate: Callable[[Any], dict[str, float]] | None = None, eval_every: int = 0,
-                 flops_per_token: float = 0.0, peak_flops: float = math.inf,
+                 patience: int = 0, eval_on_start: bool = False, flops_per_token: float = 0.0, peak_flops: float = math.inf,
                  identity: dict[str, Any] | None = None, world: World = ALONE,
                  zero: Zero | None = None) -> None:
         self.model, self.optimizer, self.loader = model, optimizer, loader
@@ -101,7 +108,9 @@ class Trainer:
         self.schedule, self.checkpoints, self.folder = schedule, checkpoints, folder
         self.device, self.callbacks = device, list(callbacks)
         self.scaler = scaler
-        self._evaluate, self.eval_every = evaluate, eval_every
+        self._evaluate, self.eval_every, self.patience = evaluate, eval_every, patience
+        self.eval_on_start = eval_on_start
+        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.identity = identity or {}
         self.forward = torch.compile(model) if train.compile else model
@@ -121,9 +130,11 @@ class Trainer:
         """Train to `total_steps`, or until SIGTERM or SIGINT; saves a checkpoint either way."""
         self._batches = iter(self.loader)
         saved = self.progress.step
+        if self._evaluate and self.eval_on_start and not saved:
+            self.evaluate(competes=False)
         self.model.train()
         with stop_signals() as self._stopped:
-            while self.progress.step < self.total_steps:
+            while self.progress.step < self.total_steps and not self.progress.ended_early:
                 self._tell("on_step", self.step())
                 step, last = self.progress.step, self.progress.step == self.total_steps
                 if self._evaluate and self.eval_every and (step % self.eval_every == 0 or last) \
@@ -131,6 +142,11 @@ class Trainer:
                     saved = self.save(saved)
                 if self.world.size == 1:
                     self.stopped_by = self._stopped()
+                if self.patience and self.progress.stale >= self.patience:
+                    self.progress.ended_early = last = True
+                    self._tell("on_message", f"no better for {self.patience} evaluations: ended "
+                                             f"after step {step}; the best was step "
+                                             f"{self.progress.best_step}")
                 if step % self.checkpoints.every == 0 or last or self.stopped_by:
                     saved = self.save(saved)
                 if self.stopped_by:
@@ -146,26 +162,33 @@ class Trainer:
         start = time.perf_counter()
         self.world.watch.step = self.progress.step + 1
         batches = [next(self._batches) for _ in range(self.train.grad_accum)]
-        tokens = self.world.sum(sum(batch.num_tokens for batch in batches))
+        counts = [[batch.num_inputs or batch.num_tokens, batch.count] for batch in batches]
+        table = self.world.gather_numbers([sum(column) for column in zip(*counts, strict=True)])
+        tokens, units = (int(total) for total in table.sum(0).tolist())
         scale = self.scaler.scale if self.scaler else 1.0
         loss_sum = torch.zeros((), device=self.device)
+        sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             batch = batch.to(self.device, non_blocking=True)
             with self.gradients.micro_batch(last=i + 1 == len(batches)):
-                loss, _ = self.loss(self.forward, batch)
-                (loss * (scale / max(tokens, 1))).backward()
+                loss, _, *more = self.loss(self.forward, batch)
+                (loss * (scale / max(units, 1))).backward()
                 self.gradients.collect()
             loss_sum += loss.detach()
+            for name, value in (more[0] if more else {}).items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         lr = lr_at(self.progress.step, self.total_steps, self.optimizer.config.lr, self.schedule)
         # A signal that only some ranks have seen by now must stop all of them after this step.
-        settled = self.gradients.settle(loss_sum, float(self._stopped() is not None))
+        settled = self.gradients.settle(loss_sum, float(self._stopped() is not None),
+                                        *sums.values())
         norm = self.optimizer.step(lr, self.gradients.gradients(), norm=settled.norm,
                                    unscale=1.0 / scale)
         self.gradients.publish()
         self.gradients.zero()
         # The one time that the host waits.
         self.world.watch("the end of the step")
-        loss_value, stop, norm_value = torch.cat([settled.totals, norm.double()[None]]).tolist()
+        loss_value, stop, *others, norm_value = torch.cat(
+            [settled.totals, norm.double()[None]]).tolist()
         self.world.watch(None)
         settled.check()
         finite = math.isfinite(norm_value)
@@ -177,16 +200,18 @@ class Trainer:
         rate = tokens / seconds
         record = {
             "step": self.progress.step, "tokens": self.progress.tokens,
-            "loss": loss_value / max(tokens, 1), "lr": lr, "grad_norm": norm_value,
+            "loss": loss_value / max(units, 1), "lr": lr, "grad_norm": norm_value,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / (self.peak_flops * self.world.size),
             "memory_bytes": self.monitor.memory_bytes(), "seconds": seconds,
             **self.monitor.sample(),
+            **{name: value / max(units, 1) for name, value in zip(sums, others, strict=True)},
         }
         return record if finite else {**record, "skipped": True}
 
-    def evaluate(self) -> bool:
-        """Evaluate on the held-out documents; True if this is the lowest loss so far."""
+    def evaluate(self, *, competes: bool = True) -> bool:
+        """Evaluate on the held-out documents; True if this is the lowest loss so far, among those
+        that compete."""
         assert self._evaluate is not None
         self.model.eval()
         result = self._evaluate(self.model)
@@ -195,7 +220,10 @@ class Trainer:
         self.model.train()
         self.last_evaluation = {"step": self.progress.step, **result}
         self._tell("on_eval", self.last_evaluation)
+        if not competes:
+            return False
         better = result["val_loss"] < self.progress.best_loss
+        self.progress.stale = 0 if better else self.progress.stale + 1
         if better:
             self.progress.best_loss = result["val_loss"]
             self.progress.best_step = self.progress.step
@@ -221,9 +249,9 @@ class Trainer:
 
         Raises UserError naming the first thing (model, data, tokenizer) that is not the run's own.
         """
-        _same_run(self.identity, saved.state["identity"], saved.path)
+        checkpoint.same_run(self.identity, saved.state["identity"], saved.path)
+        self.load_weights(saved)
         parts, _ = self._parts(saving=False)
-        saved.fill("model", parts["model"])
         self.optimizer.load_counters(saved.state["optimizer"])
         saved.fill("optimizer", parts["optimizer"])
         if self.zero:
@@ -246,6 +274,13 @@ class Trainer:
                 raise RunError(f"{saved.path}: the {part} in memory differs from the saved one "
                                "after loading; this is a defect of the program or the machine")
 
+    def load_weights(self, saved: Checkpoint) -> None:
+        """Take the model of a checkpoint of this run, and nothing else of it."""
+        parts, _ = self._parts(saving=False)
+        saved.fill("model", parts["model"])
+        if self.zero:
+            self.zero.loaded()
+
     @property
     def rows_a_step(self) -> int:
         """Rows of all ranks' micro-batches in an optimizer step."""
@@ -260,6 +295,7 @@ class Trainer:
             model = self.zero.model_pieces(saving=saving)
         else:
             model = [Piece.whole(name, p) for name, p in self.model.named_parameters()]
+        model = [piece for piece in model if piece.name in self._trained]
         replicated = self.zero is not None and self.zero.stage == 0
         optimizer = self.optimizer.pieces()
         if saving and replicated and not self.world.first:
@@ -285,18 +321,3 @@ class Trainer:
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
-
-
-def _same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
-    """Refuse to resume with another model or other data, naming the first key that differs."""
-    for section in ours:
-        mine, saved = ours[section], theirs.get(section)
-        if mine == saved:
-            continue
-        if isinstance(mine, dict) and isinstance(saved, dict):
-            key = next(k for k in mine if mine[k] != saved.get(k))
-            detail = f"{section}.{key} is {mine[key]} here and {saved.get(key)} in the checkpoint"
-        else:
-            detail = f"{section} is {mine} here and {saved} in the checkpoint"
-        raise UserError(f"cannot resume {path} with another {section}: {detail}; give the run's "
-                        "own settings, or another --out")

@@ -517,10 +517,10 @@ def test_dispatch_says_what_was_chosen(ring, monkeypatch):
 def test_a_run_writes_what_was_chosen(ring, tmp_path, monkeypatch):
     monkeypatch.setattr(_memory, "machine", lambda device: "this GPU")
     part_of_a_run = types.SimpleNamespace(folder=tmp_path, device=torch.device("cuda"))
-    run._Run.write_dispatch(part_of_a_run)
+    run.Run.write_dispatch(part_of_a_run)
     before = json.loads((tmp_path / "dispatch.json").read_text())
     ring.ran()
-    run._Run.write_dispatch(part_of_a_run)
+    run.Run.write_dispatch(part_of_a_run)
     after = json.loads((tmp_path / "dispatch.json").read_text())
     assert after.pop("attention") == {
         "backend": "triton", "reason": "CUDA tensors; measured per shape: fast 1 shape"}

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from fastllm import checkpoint, config, run
+from fastllm.run import stages
 from fastllm.config import RunError, UserError
 from fastllm.optim import OPTIMIZERS
 from fastllm.trainer import MAX_SKIPPED_IN_A_ROW, TrainConfig
@@ -27,11 +28,11 @@ def final_hash(folder):
 def make(folder, **changes):
     """A run with its parts built and its folder made, not yet trained."""
     chosen = settings(folder, **changes)
-    run._open_folder(folder / "run", resume=False)
+    run.open_folder(folder / "run", resume=False)
     prepared = run.prepare_data(chosen.data, chosen.tokenizer,
                                 vocab_size=chosen.model.vocab_size)
     dtype = run.DTYPES[chosen.train.dtype] if chosen.train.dtype != "auto" else torch.float32
-    return run._Run(chosen, folder / "run", torch.device("cpu"), dtype, prepared)
+    return run.Run(chosen, folder / "run", torch.device("cpu"), dtype, prepared)
 
 
 def step_gradients(folder, **changes):
@@ -73,7 +74,7 @@ def test_resume_is_bitwise_at_every_checkpoint(tmp_path, dtype):
     changes = {"train.dtype": dtype, "checkpoint.every": 1, "eval.every": 5, "train.steps": 8}
     whole = tmp_path / "whole"
     whole.mkdir()
-    run.pretrain(settings(whole, **changes))
+    run.train(settings(whole, **changes))
     expected = final_hash(whole)
     for stop in (1, 3, 6):
         part = tmp_path / f"part-{stop}"
@@ -81,7 +82,7 @@ def test_resume_is_bitwise_at_every_checkpoint(tmp_path, dtype):
         first = make(part, **changes)
         first.total_steps = first.trainer.total_steps
         interrupted(first, stop)
-        run.pretrain(settings(part, **changes, resume="true"))
+        run.train(settings(part, **changes, resume="true"))
         assert final_hash(part) == expected, f"stopped after step {stop}"
         lines = [json.loads(line) for line in
                  (part / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -98,7 +99,7 @@ def test_every_optimizer_resumes_bitwise(tmp_path, name):
         folder.mkdir()
         if stop:
             interrupted(make(folder, **changes), stop)
-        run.pretrain(settings(folder, **changes, **({"resume": "true"} if stop else {})))
+        run.train(settings(folder, **changes, **({"resume": "true"} if stop else {})))
         hashes.append(final_hash(folder))
     assert hashes[0] == hashes[1]
 
@@ -197,7 +198,7 @@ def test_activation_checkpointing_gives_the_same_bits(tmp_path):
     hashes = set()
     for recompute in ("none", "selective", "full"):
         (tmp_path / recompute).mkdir()
-        run.pretrain(settings(tmp_path / recompute, **{"model.recompute": recompute,
+        run.train(settings(tmp_path / recompute, **{"model.recompute": recompute,
                                                        "train.steps": 4, "train.dtype": "fp32"}))
         hashes.add(final_hash(tmp_path / recompute))
     assert len(hashes) == 1
@@ -207,7 +208,7 @@ def test_workers_do_not_change_a_bit(tmp_path):
     hashes = set()
     for workers in (0, 2):
         (tmp_path / str(workers)).mkdir()
-        run.pretrain(settings(tmp_path / str(workers), **{"data.num_workers": workers,
+        run.train(settings(tmp_path / str(workers), **{"data.num_workers": workers,
                                                           "train.steps": 4}))
         hashes.add(final_hash(tmp_path / str(workers)))
     assert len(hashes) == 1
@@ -215,7 +216,7 @@ def test_workers_do_not_change_a_bit(tmp_path):
 
 def test_best_checkpoint_is_kept(tmp_path):
     """The rate is far too high: the loss rises after the first evaluation, whose step stays."""
-    run.pretrain(settings(tmp_path, **{
+    run.train(settings(tmp_path, **{
         "train.steps": 24, "eval.every": 3, "checkpoint.every": 3, "optim.lr": 0.5,
         "schedule.name": "constant", "schedule.warmup": 0, "train.dtype": "fp32"}))
     lines = [json.loads(line) for line in
@@ -240,20 +241,20 @@ def test_both_steps_and_epochs_are_refused():
 
 
 def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
-    run.pretrain(settings(tmp_path, **{"train.steps": 1, "train.dtype": "fp32"}))
+    run.train(settings(tmp_path, **{"train.steps": 1, "train.dtype": "fp32"}))
     with pytest.raises(UserError, match="dtype"):
-        run.pretrain(settings(tmp_path, **{"train.steps": 2, "train.dtype": "bf16",
+        run.train(settings(tmp_path, **{"train.steps": 2, "train.dtype": "bf16",
                                            "resume": "true"}))
 
 
 def test_the_last_step_is_evaluated_once(tmp_path, monkeypatch):
     """The summary takes the last step's evaluation; a run resumed at its end makes its own."""
     calls = []
-    evaluate = run.evaluate
-    monkeypatch.setattr(run, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
-    first = run.pretrain(settings(tmp_path, **{"train.steps": 4, "eval.every": 2}))
+    evaluate = stages.evaluate
+    monkeypatch.setattr(stages, "evaluate", lambda *a, **k: calls.append(1) or evaluate(*a, **k))
+    first = run.train(settings(tmp_path, **{"train.steps": 4, "eval.every": 2}))
     assert len(calls) == 2
-    again = run.pretrain(settings(tmp_path, **{"train.steps": 4, "eval.every": 2,
+    again = run.train(settings(tmp_path, **{"train.steps": 4, "eval.every": 2,
                                                "resume": "true"}))
     assert len(calls) == 3
     assert again["val_bpb"] == first["val_bpb"]

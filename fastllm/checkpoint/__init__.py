@@ -54,6 +54,7 @@ from fastllm.checkpoint.reading import (
     load,
     read_layout,
     read_manifest,
+    same_run,
     seal,
     verify,
 )
@@ -62,7 +63,7 @@ from fastllm.dist.mesh import ALONE, World
 from fastllm.pieces import Piece
 
 __all__ = ["Checkpoint", "CheckpointConfig", "CorruptCheckpoint", "Parts", "digest", "load",
-           "newest", "part_hashes", "retain", "save", "steps", "verify"]
+           "newest", "part_hashes", "retain", "same_run", "save", "steps", "verify"]
 NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REMOVING = ".writing-", ".removing-"
 T = TypeVar("T")

@@ -332,3 +332,18 @@ def _from_first_format(saved: Checkpoint, hashes: dict[str, str]) -> None:
 
 def _differs(path: Path) -> str:
     return f"{path}: the tensors differ from the recorded hash of the state"
+
+
+def same_run(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
+    """Refuse to resume with another model or other data, naming the first key that differs."""
+    for section in ours:
+        mine, saved = ours[section], theirs.get(section)
+        if mine == saved:
+            continue
+        if isinstance(mine, dict) and isinstance(saved, dict):
+            key = next(k for k in mine if mine[k] != saved.get(k))
+            detail = f"{section}.{key} is {mine[key]} here and {saved.get(key)} in the checkpoint"
+        else:
+            detail = f"{section} is {mine} here and {saved} in the checkpoint"
+        raise UserError(f"cannot resume {path} with another {section}: {detail}; give the run's "
+                        "own settings, or another --out")

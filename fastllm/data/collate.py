@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +55,9 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor changed."""
-        return replace(self, **{name: change(value) for name, value in vars(self).items()
-                                if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items()
+                                   if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 def collate(tokens: np.ndarray, packing: Packing, rows: np.ndarray, pad_id: int, *,

@@ -9,6 +9,7 @@ import torch
 from sharded_runs import batches, loss_of, make
 
 from fastllm import checkpoint, config, run
+from fastllm.data import Loader
 from fastllm.dist import mesh, zero
 from fastllm.pieces import Piece
 from fastllm.trainer import Trainer
@@ -18,7 +19,7 @@ def built(world, arguments):
     """The parts of a run of this rank, not yet trained."""
     settings = config.build(run.RunConfig, run.complete(config.from_arguments(arguments)))
     folder = Path(settings.out)
-    run._open_folder(folder, settings.resume or (folder / "checkpoints").exists(), world)
+    run.open_folder(folder, settings.resume or (folder / "checkpoints").exists(), world)
 
     def prepare():
         return run.prepare_data(settings.data, settings.tokenizer,
@@ -26,7 +27,7 @@ def built(world, arguments):
 
     world.first_alone(f"prepare-{len(checkpoint.steps(folder / 'checkpoints'))}", prepare)
     dtype = run.DTYPES[settings.train.dtype]
-    return run._Run(settings, folder, torch.device("cpu"), dtype, prepare(), world)
+    return run.Run(settings, folder, torch.device("cpu"), dtype, prepare(), world)
 
 
 def resume_everywhere(arguments, steps):
@@ -153,7 +154,7 @@ def peers(kind, arguments):
         settings.model.vocab_size = prepared.tokenizer.vocab_size
         model = Decoder(ModelConfig(**vars(settings.model)),
                         generator=torch.Generator().manual_seed(1))
-        loader = run.Loader(prepared, batch_size=8 // world.size, seq_len=32, rank=world.rank,
+        loader = Loader(prepared, batch_size=8 // world.size, seq_len=32, rank=world.rank,
                             world_size=world.size, num_workers=0)
         engine, wrapped = None, model
         if kind == "fsdp2":

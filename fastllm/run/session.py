@@ -1,124 +1,65 @@
-"""One training run from its configuration: what `pretrain` and `demo` do, in order.
+"""One training run: what every training command does, in order.
 
-    settings -> data and tokenizer -> model, optimizer, loader -> trainer -> evaluation, samples,
-    summary, report, model/
+    settings -> base, data and tokenizer -> model, optimizer, loader -> trainer -> evaluation,
+    samples, summary, report, model/
 
-Everything is written under the run's folder; `--resume` finds it there.
+Everything is written under the run's folder; `--resume` finds it there. What a command does
+differently is its `Stage`.
 """
 
 import json
 import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastllm import checkpoint, config, cpu, data, ops
+from fastllm import adapters, checkpoint, config, cpu, data, ops
 from fastllm.callbacks import Callback, JsonlWriter, ProgressBar, data_size
-from fastllm.checkpoint import CheckpointConfig
 from fastllm.config import RunError, UserError
-from fastllm.data import DataConfig, EvalSet, Loader, Prepared, Tokenizer, TokenizerConfig
+from fastllm.data import EvalSet, Loader, Prepared, Tokenizer
 from fastllm.dist import mesh, zero
-from fastllm.dist.config import DistConfig
 from fastllm.dist.mesh import ALONE, World
-from fastllm.evaluate import EvalConfig, evaluate, xz_bits_per_byte
-from fastllm.export import export, export_checkpoint
-from fastllm.generate import GenerateConfig, generate_text
-from fastllm.model import Decoder, ModelConfig, filler, flops_per_token, num_parameters
-from fastllm.monitor import Monitor, dtype_name, environment, peak_flops, pick_dtype
-from fastllm.objectives import pretrain as objective
-from fastllm.objectives.pretrain import PretrainConfig
-from fastllm.optim import (
-    LossScaler,
-    OptimConfig,
-    ScheduleConfig,
-    describe,
-    make_optimizer,
-    param_groups,
-)
+from fastllm.generate import GenerateConfig, generate
+from fastllm.model import Decoder, filler, num_parameters
+from fastllm.monitor import Monitor, dtype_name, environment, peak_flops
+from fastllm.optim import LossScaler, describe, make_optimizer, param_groups
 from fastllm.plan import make_plan
 from fastllm.process import seed_generators
 from fastllm.report import write_report
+from fastllm.run.base import Base, find_base, weights_hash
+from fastllm.run.settings import NOT_IDENTITY, RunConfig, TuneConfig
+from fastllm.run.setup import pick_device, prepare_data, training_dtype
+from fastllm.run.stages import Stage, stage_of
 from fastllm.trainer import TrainConfig, Trainer
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Fields of the model that may change between an interruption and a resume: weights fit either way.
-NOT_IDENTITY = ("recompute", "dropout", "init", "init_std", "scaled_residual_init")
 
-
-@dataclass(kw_only=True)
-class RunConfig:
-    """Settings of `pretrain` and `demo`, one section a module."""
-
-    out: str | None = None
-    """The run's folder; none: runs/ and the date and time."""
-    resume: bool = False
-    """Continue the run in --out from its newest good checkpoint (or begin it if it has none)."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    loss: PretrainConfig = field(default_factory=PretrainConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    dist: DistConfig = field(default_factory=DistConfig)
-
-    def validate(self) -> None:
-        longest = self.model.max_position_embeddings
-        if self.train.seq_len > longest:
-            raise ValueError(f"train.seq-len {self.train.seq_len} is longer than the model's "
-                             f"model.max-position-embeddings {longest}: lower the one or raise "
-                             "the other")
-        if self.resume and self.out is None:
-            raise ValueError("--resume needs --out DIR: the folder of the run to continue")
-
-
-def complete(layer: dict[str, Any]) -> dict[str, Any]:
-    """The layer with what follows from it: model and tokenizer share a vocabulary size unless told
-    otherwise, and a resumed run takes its own stored settings beneath the given ones."""
-    if layer.get("resume") and isinstance(layer.get("out"), str):
-        stored = Path(layer["out"]) / "config.yaml"
-        if stored.is_file():
-            return config.merge(config.from_yaml(stored), layer)
-    model, tokenizer = layer.get("model"), layer.get("tokenizer")
-    rows = model.get("vocab_size") if isinstance(model, dict) else None
-    tokens = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
-    if rows is None and tokens is not None:
-        return config.merge({"model": {"vocab_size": tokens}}, layer)
-    if tokens is None:
-        size = rows if rows is not None else ModelConfig().vocab_size
-        return config.merge({"tokenizer": {"vocab_size": size}}, layer)
-    return layer
-
-
-def pretrain(settings: RunConfig) -> dict[str, Any]:
+def train(settings: RunConfig) -> dict[str, Any]:
     """Train a model, with the other ranks where torchrun or `launch` started several; returns the
     summary that the run's summary.json holds (on the first rank)."""
     device = pick_device(settings.train.device)
     with mesh.world(device.type, timeout=settings.dist.timeout) as world:
         if device.type == "cuda" and world.size > 1:
             device = torch.device("cuda", world.local_rank)
-        return _pretrain(settings, world, device)
+        return _train(settings, world, device)
 
 
-def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
+def _train(settings: RunConfig, world: World, device: torch.device) -> dict[str, Any]:
     folder = Path(world.gather(settings.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")[0])
-    saved = _open_folder(folder, settings.resume, world)
+    saved = open_folder(folder, settings.resume, world)
     dtype, why = training_dtype(settings.train.dtype, device)
-    own = folder / "tokenizer.json"
-    tokenizer = data.load_tokenizer(own) if settings.resume and own.is_file() else None
+    stage = stage_of(settings)
+    base = find_base(settings.from_) if settings.from_ is not None and (
+        saved is None or isinstance(settings, TuneConfig)) else None
+    tokenizer = _tokenizer(settings, folder, base)
+    rows = stage.read(tokenizer) if tokenizer else None
 
     def prepare() -> Prepared:
         return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
-                            vocab_size=settings.model.vocab_size)
+                            vocab_size=settings.model.vocab_size, rows=rows)
 
     prepared = world.first_alone("prepare", prepare) or prepare()  # the others: from the cache
     if settings.tokenizer.path is None:
@@ -126,29 +67,41 @@ def _pretrain(settings: RunConfig, world: World, device: torch.device) -> dict[s
         settings.model.vocab_size = min(settings.model.vocab_size, prepared.tokenizer.vocab_size)
     if saved:
         _keep_rows(settings.train, saved, world)
-    train = settings.train
-    plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
-                     tokens=train.batch_size * train.seq_len, grad_accum=train.grad_accum,
-                     rank=world.rank, world=world.size, device=device)
-    if world.first:
-        print(plan.line())
+    plan = None
+    if type(settings) is RunConfig:
+        plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
+                         tokens=settings.train.batch_size * settings.train.seq_len,
+                         grad_accum=settings.train.grad_accum, rank=world.rank, world=world.size,
+                         device=device)
+        if world.first:
+            print(plan.line())
     memory = _Measured(Monitor(device).memory_bytes())
-    run = _Run(settings, folder, device, dtype, prepared, world)
+    run = Run(settings, folder, device, dtype, prepared, world, stage, base)
     run.say(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} "
             f"({why}), {run.total_steps:,} steps of "
-            f"{run.rows_a_step * settings.train.seq_len:,} tokens on {device.type}")
+            f"{run.rows_a_step * stage.row_tokens:,} tokens on {device.type}")
     if world.size > 1:
         run.say(f"{world.size} ranks, ZeRO stage {settings.dist.zero}, {run.engine} engine")
     held = run.trainer.optimizer.held_bytes()
-    if held != plan.states:
+    if plan and held != plan.states:
         raise RunError(f"rank {world.rank} holds {held:,} bytes of optimizer states and masters, "
                        f"and should hold {plan.states:,}; this is a defect of the program")
     if world.first:
         run.trainer.callbacks.append(memory)
     run.say(run.groups)
-    for line in prepared.summary():
+    for line in [*prepared.summary(), *run.loader.packed.notes]:
         run.say(line)
     return run.go(saved)
+
+
+def _tokenizer(settings: RunConfig, folder: Path, base: Base | None) -> Tokenizer | None:
+    """The tokenizer that is there already; None: pretraining reads or trains one."""
+    own = folder / "tokenizer.json"
+    if settings.resume and own.is_file():
+        return data.load_tokenizer(own)
+    if settings.tokenizer.path is not None and (base or isinstance(settings, TuneConfig)):
+        return data.load_tokenizer(settings.tokenizer.path, settings.tokenizer)
+    return None
 
 
 def _keep_rows(train: TrainConfig, saved: checkpoint.Checkpoint, world: World) -> None:
@@ -180,13 +133,33 @@ class _Measured(Callback):
         self.before = None
 
 
-class _Run:
+@dataclass
+class _Watch(Callback):
+    """Says what the stage has to say of the losses so far, once."""
+
+    look: Any
+    losses: list[float]
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        if self.look is None:
+            return
+        self.losses.append(record["loss"])
+        if said := self.look(self.losses):
+            print(f"warning: {said}")
+            self.look = None
+
+
+class Run:
     """The parts of one run, joined."""
 
     def __init__(self, settings: RunConfig, folder: Path, device: torch.device,
-                 dtype: torch.dtype, prepared: Prepared, world: World = ALONE) -> None:
+                 dtype: torch.dtype, prepared: Prepared, world: World = ALONE,
+                 stage: Stage | None = None, base: Base | None = None) -> None:
         self.settings, self.folder, self.device, self.prepared = settings, folder, device, prepared
-        self.world = world
+        self.dtype, self.world, self.stage = dtype, world, stage or stage_of(settings)
+        self.tokenizer = prepared.tokenizer
+        if self.stage.rows:  # the prepared folder's own knows no template
+            self.tokenizer.chat_template = self.stage.rows.encoder.template
         train, dist = settings.train, settings.dist
         torch.manual_seed(train.seed)
         if train.keep_freed_memory and not cpu.keep_freed_memory():
@@ -197,10 +170,10 @@ class _Run:
                             "go: use dist.zero 2")
         drawn = torch.Generator().manual_seed(train.seed)
         # In stage 3 no rank ever holds the whole model: its parameters are made block by block.
-        apart = dist.zero == 3 and world.size > 1
-        with torch.device("meta" if apart else "cpu"):
-            model = Decoder(settings.model, generator=drawn)
-        self.model = model.to(dtype) if apart else model.to(device=device, dtype=dtype)
+        apart = dist.zero == 3 and world.size > 1 and base is None and self.stage.kind == "text"
+        self.base_hash = ""
+        self.adapter: adapters.Adapter | None = None
+        self.model: nn.Module = self._model(base, drawn, apart)
         seed_generators(train.seed, world)
         self.loader = Loader(prepared, batch_size=train.batch_size, seq_len=train.seq_len,
                              seed=train.seed, num_workers=settings.data.num_workers,
@@ -231,16 +204,38 @@ class _Run:
         else:
             optimizer = make_optimizer(self.model.named_parameters(), settings.optim,
                                        seed=train.seed)
+        shared = self.stage.begin(self)
         self.trainer = Trainer(
             model=self.model, loader=self.loader, total_steps=self.total_steps,
-            optimizer=optimizer, loss=partial(objective.loss, config=settings.loss), train=train,
+            optimizer=optimizer, loss=self.stage.loss, train=train,
             schedule=settings.schedule, checkpoints=settings.checkpoint,
             folder=folder / "checkpoints", device=device,
             scaler=LossScaler() if dtype == torch.float16 else None,
             evaluate=self.evaluate if evaluates else None, eval_every=settings.eval.every,
-            flops_per_token=flops_per_token(settings.model, train.seq_len),
+            patience=settings.eval.patience, eval_on_start=settings.eval.on_start,
+            flops_per_token=self.stage.flops_per_token,
             peak_flops=peak_flops(device, dtype)[0],
-            identity=self.identity(dtype), world=world, zero=self.zero)
+            identity={**self.identity(dtype), **shared}, world=world, zero=self.zero)
+        if world.first and self.stage.look:
+            self.trainer.callbacks.append(_Watch(self.stage.look, []))
+
+    def _model(self, base: Base | None, drawn: torch.Generator, apart: bool) -> nn.Module:
+        """What is trained: new, or the base with what the stage and an adapter add to it."""
+        settings = self.settings
+        if base is None:
+            with torch.device("meta" if apart else "cpu"):
+                decoder = Decoder(settings.model, generator=drawn)
+        else:
+            decoder = base.build(self.dtype, settings.model)
+            self.base_hash = weights_hash(decoder)
+        model = self.stage.build(decoder)
+        model = model.to(self.dtype) if apart else model.to(device=self.device, dtype=self.dtype)
+        if isinstance(settings, TuneConfig) and settings.adapter.name != "none":
+            assert isinstance(model, Decoder)
+            self.adapter = adapters.apply(model, settings.adapter, seed=settings.train.seed)
+            count = sum(param.numel() for _, param in self.adapter.named_parameters())
+            self.say(f"{settings.adapter.name}: {count:,} parameters are trained")
+        return model
 
     @property
     def engine(self) -> str:
@@ -254,16 +249,21 @@ class _Run:
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
-        model = {key: value for key, value in asdict(self.settings.model).items()
+        settings = self.settings
+        model = {key: value for key, value in asdict(settings.model).items()
                  if key not in NOT_IDENTITY}
-        rows = {"fingerprint": self.prepared.fingerprint, "seq_len": self.settings.train.seq_len,
-                "seed": self.settings.train.seed, "pack": self.settings.data.pack}
-        return {"model": model, "data": rows, "dtype": dtype_name(dtype),
-                "tokenizer": self.prepared.tokenizer.fingerprint}
+        rows = {"fingerprint": self.prepared.fingerprint, "seq_len": settings.train.seq_len,
+                "seed": settings.train.seed, "pack": settings.data.pack}
+        found = {"model": model, "data": rows, "dtype": dtype_name(dtype),
+                 "tokenizer": self.tokenizer.fingerprint}
+        if isinstance(settings, TuneConfig):
+            found["loss"] = asdict(settings.loss)
+            if self.adapter:
+                found |= {"adapter": asdict(settings.adapter), "base": self.base_hash}
+        return found
 
-    def evaluate(self, model: Decoder) -> dict[str, float]:
-        return evaluate(model, self.held, self.held.num_bytes, device=self.device,
-                        loss=objective.loss, world=self.world)
+    def evaluate(self, model: Any) -> dict[str, float]:
+        return self.stage.evaluate(self, model)
 
     def go(self, saved: checkpoint.Checkpoint | None) -> dict[str, Any]:
         """Train to the end or to a signal; write everything that a run folder holds."""
@@ -302,6 +302,8 @@ class _Run:
             if len(self.held) and self.settings.eval.every:
                 # A run resumed at its end trains no step, and so has no evaluation yet.
                 last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
+            if self.settings.eval.load_best:
+                last = self._load_best(last)
             if self.zero and self.zero.stage == 3:
                 # No rank can run the model alone: each draws the same tokens.
                 written = self.continuations()
@@ -317,8 +319,21 @@ class _Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps have been made."""
-        return self.trainer.progress.step >= self.total_steps
+        """Whether all steps have been made, or the run has ended early."""
+        progress = self.trainer.progress
+        return progress.step >= self.total_steps or progress.ended_early
+
+    def _load_best(self, last: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Take the weights of the best evaluation, on every rank; returns that evaluation's record
+        where this process made it, else a new one."""
+        progress = self.trainer.progress
+        if progress.best_step is None or progress.best_step == progress.step:
+            return last
+        name = f"step-{progress.best_step:08d}"
+        saved = checkpoint.load(self.folder / "checkpoints" / name, self.world)
+        self.trainer.load_weights(saved)
+        self.say(f"the weights of step {progress.best_step} are the best: taken")
+        return {"step": progress.best_step, **self.evaluate(self.model.eval())}
 
     def write_inputs(self) -> None:
         """config.yaml, environment.json, dispatch.json, tokenizer.json and the data's account."""
@@ -326,8 +341,10 @@ class _Run:
         (self.folder / "config.yaml").write_text(config.to_yaml(stored), encoding="utf-8")
         _json(self.folder / "environment.json", environment(self.device))
         self.write_dispatch()
-        _json(self.folder / "data.json", self.prepared.report.to_dict())
-        self.prepared.tokenizer.save(self.folder / "tokenizer.json")
+        account = self.prepared.report.to_dict()
+        account["notes"] = [*account["notes"], *self.loader.packed.notes]
+        _json(self.folder / "data.json", account)
+        self.tokenizer.save(self.folder / "tokenizer.json")
 
     def write_dispatch(self) -> None:
         """dispatch.json, at the start and again after training: what runs attention is measured."""
@@ -337,14 +354,14 @@ class _Run:
 
     def finish(self, last: dict[str, Any] | None,
                written: list[dict[str, str]] | None) -> dict[str, Any]:
-        """The summary, with the last evaluation; where the run came to its end also xz's figure,
-        continuations (those written already, in stage 3) and model/."""
+        """The summary, with the last evaluation; where the run came to its end also what it is
+        shown beside, continuations (those written already, in stage 3) and model/."""
         progress = self.trainer.progress
         summary: dict[str, Any] = {
             "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
             "skipped_steps": progress.skipped, "seconds": progress.seconds,
             "parameters": num_parameters(self.settings.model),
-            "stopped_by": self.trainer.stopped_by,
+            "stopped_by": self.trainer.stopped_by, "ended_early": progress.ended_early,
             "best_step": progress.best_step, "finished": self.finished,
         }
         if self.zero:
@@ -356,34 +373,68 @@ class _Run:
         if self.finished:
             if last:
                 summary |= {key: value for key, value in last.items() if key != "step"}
-                summary["xz_bpb"] = xz_bits_per_byte(self.held.texts())
-            target, tokenizer = self.folder / "model", self.prepared.tokenizer
+                summary |= self.stage.beside(self.held)
             summary["continuations"] = self.continuations() if written is None else written
-            if self.zero and self.zero.stage == 3:
-                # No rank has the whole model; the last checkpoint has, on the disk.
-                saved = checkpoint.load(checkpoint.steps(self.folder / "checkpoints")[-1])
-                export_checkpoint(saved, self.settings.model, target, tokenizer=tokenizer)
-            else:
-                export(self.model, target, tokenizer=tokenizer)
+            summary |= self.write_model()
         _json(self.folder / "summary.json", summary)
         return summary
+
+    def write_model(self) -> dict[str, Any]:
+        """model/, and adapter/ where one was trained; returns what the summary says of it."""
+        target, tokenizer = self.folder / "model", self.tokenizer
+        if self.zero and self.zero.stage == 3:
+            # No rank has the whole model; a checkpoint has, on the disk.
+            saved = checkpoint.load(self._newest_weights())
+            self.stage.export_stored(saved, target, tokenizer)
+        elif self.adapter is None:
+            self.stage.export(self, target)
+        else:
+            return self._write_adapter(target)
+        return {}
+
+    def _newest_weights(self) -> Path:
+        """The checkpoint whose weights are the model's."""
+        progress = self.trainer.progress
+        best = progress.best_step if self.settings.eval.load_best else None
+        return self.folder / "checkpoints" / f"step-{best or progress.step:08d}"
+
+    def _write_adapter(self, target: Path) -> dict[str, Any]:
+        """adapter/ in PEFT's format, and model/ with the adapter merged where it can be."""
+        assert self.adapter is not None and isinstance(self.model, Decoder)
+        folder = self.folder / "adapter"
+        self.adapter.save(folder, base=str(Path(str(self.settings.from_)).absolute()))
+        if not self.adapter.mergeable:
+            return {}
+        difference, bound = adapters.merge_check(self.adapter, _probe(self.held, self.device))
+        print(f"merged into model/: logits differ by at most {difference:.3g} (bound {bound:.3g})")
+        if not difference <= bound:
+            raise RunError(f"merging the adapter changes logits by {difference:.3g}, more than "
+                           f"{bound:.3g}: {folder} is written, model/ is not")
+        self.stage.export(self, target)
+        return {"merge_difference": difference}
 
     def continuations(self) -> list[dict[str, str]]:
         """What the model writes after each prompt."""
         settings = self.settings.eval
-        prompts = settings.prompts or [" ".join(text.decode("utf-8").split(" ")[:6])
-                                       for text in self.held.texts(3)]
         room = self.settings.model.max_position_embeddings - settings.new_tokens
-        tokenizer = self.prepared.tokenizer
-        prompts = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) + 1 < room]
-        if not settings.new_tokens or not prompts:
+        prompts = [(text, ids) for text, ids in self.stage.prompts(self.held)
+                   if 0 < len(ids) < room] if settings.new_tokens else []
+        if not prompts:
             return []
         drawn = GenerateConfig(max_new_tokens=settings.new_tokens, temperature=0.8, top_p=0.95,
                                seed=self.settings.train.seed)
-        texts = generate_text(self.model.eval(), tokenizer, prompts, drawn,
-                              bos_token_id=tokenizer.bos_id, eos_token_ids=[tokenizer.eos_id])
-        return [{"prompt": prompt, "text": text}
-                for prompt, text in zip(prompts, texts, strict=True)]
+        stop = self.stage.stop_ids(self.tokenizer)
+        model: Any = self.model.eval()
+        written = generate(model, [ids for _, ids in prompts], drawn, eos_token_ids=stop)
+        return [{"prompt": text, "text": self.tokenizer.decode([i for i in ids if i not in stop])}
+                for (text, _), ids in zip(prompts, written, strict=True)]
+
+
+def _probe(held: EvalSet, device: torch.device) -> torch.Tensor:
+    """Tokens (1, S) on which two forms of a model are compared."""
+    dataset = held.dataset if len(held.dataset) else None
+    ids = dataset.document(0)[:256].tolist() if dataset else list(range(16))
+    return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
 def demo(settings: RunConfig) -> None:
@@ -396,7 +447,7 @@ def demo(settings: RunConfig) -> None:
         print(f"{folder} is finished and nothing changed since; remove it to train again")
     else:
         settings.resume = (folder / "checkpoints").is_dir() and not summary.get("finished")
-        summary = pretrain(settings)
+        summary = train(settings)
     if not summary["finished"]:
         return
     if "val_bpb" in summary:
@@ -409,47 +460,8 @@ def demo(settings: RunConfig) -> None:
     print(f"try: fastllm-train generate {folder} --prompt 'Return the'")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device by its name; auto is the GPU where there is one. UserError where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device cuda: torch sees no GPU here; use cpu, or install a CUDA "
-                        "build of torch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def training_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """(dtype, why) by name; auto goes by the hardware."""
-    return pick_dtype(device) if name == "auto" else (DTYPES[name], "asked for")
-
-
-@contextmanager
-def data_progress() -> Iterator[data.Progress]:
-    """Within: a progress(stage, done, total) that shows a bar where the output is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True,
-                  disable=not sys.stderr.isatty()) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield progress
-
-
-def prepare_data(sources: DataConfig, tokenizer_config: TokenizerConfig, *,
-                 tokenizer: Tokenizer | None = None, vocab_size: int | None = None) -> Prepared:
-    """Tokens of the sources, made now or found in the cache; a bar while it lasts."""
-    with data_progress() as progress:
-        return data.prepare(sources, tokenizer_config, tokenizer=tokenizer,
-                            vocab_size=vocab_size, progress=progress)
-
-
-def _open_folder(folder: Path, resume: bool, world: World = ALONE
-                 ) -> checkpoint.Checkpoint | None:
+def open_folder(folder: Path, resume: bool, world: World = ALONE
+                ) -> checkpoint.Checkpoint | None:
     """The run's folder, made if need be, and the checkpoint to continue from."""
     checkpoints = folder / "checkpoints"
     failure: UserError | None = None

@@ -1,0 +1,222 @@
+"""What the training commands do differently: their data, their loss, how they are judged, what they
+leave behind. Everything else is `fastllm.run.session`, once."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastllm.checkpoint import Checkpoint
+from fastllm.config import UserError
+from fastllm.data import EvalSet, Kind, Rows, Tokenizer
+from fastllm.data.chat import ChatConfig
+from fastllm.data.collate import Batch
+from fastllm.data.rows import SEQUENCES
+from fastllm.evaluate import evaluate, evaluate_pairs, xz_bits_per_byte
+from fastllm.export import export, export_checkpoint
+from fastllm.model import Decoder, flops_per_token
+from fastllm.model.reward import RewardModel, save_reward
+from fastllm.objectives import preference, pretrain, reward, sft
+from fastllm.run.reference import reference_of
+from fastllm.run.settings import PreferenceRun, RewardRun, RunConfig, SftRun, TuneConfig
+
+if TYPE_CHECKING:
+    from fastllm.run.session import Run
+
+Prompt = tuple[str, list[int]]
+"""What is shown of a prompt, and its tokens."""
+
+
+def rows_of(kind: Kind, tokenizer: Tokenizer, chat: ChatConfig) -> Rows:
+    """How rows of a kind of data are read with a tokenizer."""
+    return Rows(kind, tokenizer, chat)
+
+
+class Stage:
+    """Pretraining, and what the others change of it."""
+
+    kind: Kind = "text"
+
+    def __init__(self, settings: RunConfig) -> None:
+        self.settings = settings
+        self._config: Any = settings.loss
+        self.rows: Rows | None = None
+        if isinstance(settings, TuneConfig) and settings.dist.zero == 3 and settings.train.compile:
+            raise UserError("train.compile does not go with dist.zero 3")
+
+    @property
+    def look(self) -> Callable[[list[float]], str | None] | None:
+        """Told the losses of the steps so far, what the person should hear of them, if anything."""
+        return None
+
+    @property
+    def row_tokens(self) -> int:
+        """Positions of a row of a batch."""
+        return self.settings.train.seq_len * SEQUENCES[self.kind]
+
+    def read(self, tokenizer: Tokenizer) -> Rows | None:
+        """How the sources' records are read; None: as texts."""
+        if self.kind != "text":
+            assert isinstance(self.settings, TuneConfig)
+            self.rows = rows_of(self.kind, tokenizer, self.settings.chat)
+            # The model is used with the template that it was trained with.
+            tokenizer.chat_template = self.rows.encoder.template
+        return self.rows
+
+    def build(self, decoder: Decoder) -> nn.Module:
+        """The module that is trained."""
+        return decoder
+
+    def begin(self, run: "Run") -> dict[str, Any]:
+        """Before the first step, with the model as it begins; returns what a resumed run must
+        share beyond model and data."""
+        return {}
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
+        """As the trainer wants it."""
+        return pretrain.loss(model, batch, self._config)
+
+    def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
+        """val_loss and more on the held-out documents."""
+        return evaluate(model, run.held, run.held.num_bytes, device=run.device,
+                        loss=pretrain.loss, world=run.world)
+
+    def beside(self, held: EvalSet) -> dict[str, float]:
+        """What the last evaluation is shown beside."""
+        return {"xz_bpb": xz_bits_per_byte(held.texts())}
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of a trained token, for MFU; a frozen base needs no gradients of its weights."""
+        whole = flops_per_token(self.settings.model, self.settings.train.seq_len)
+        adapted = isinstance(self.settings, TuneConfig) and self.settings.adapter.name != "none"
+        return whole * 2 / 3 if adapted else whole
+
+    def stop_ids(self, tokenizer: Tokenizer) -> set[int]:
+        """Tokens that end what the model writes."""
+        return {tokenizer.eos_id, *(self.rows.encoder.stop_ids if self.rows else ())}
+
+    def prompts(self, held: EvalSet) -> list[Prompt]:
+        """What the finished model continues: eval.prompts, or the beginnings of three held-out
+        documents."""
+        given = self.settings.eval.prompts
+        tokenizer = held.tokenizer
+        if self.rows:
+            encoder = self.rows.encoder
+            asked = [(prompt, encoder.prompt([{"role": "user", "content": prompt}]))
+                     for prompt in given]
+            return asked or [self._question(held, place) for place in
+                             range(0, min(3 * held.dataset.group, len(held.dataset)),
+                                   held.dataset.group)]
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        texts = given or [" ".join(text.decode("utf-8").split(" ")[:6]) for text in held.texts(3)]
+        return [(text, [*start, *tokenizer.encode(text)]) for text in texts]
+
+    def _question(self, held: EvalSet, place: int) -> Prompt:
+        """A held-out conversation up to its first answer."""
+        dataset = held.dataset
+        ids = dataset.document(place)
+        start = int(dataset.starts[place])
+        assert dataset.trained is not None
+        answer = dataset.trained[start + 1:start + len(ids)].argmax() + 1
+        tokens = ids[:answer].tolist()
+        return held.tokenizer.decode(tokens).strip(), tokens
+
+    def export(self, run: "Run", folder: Path) -> None:
+        """Write the trained model."""
+        assert isinstance(run.model, Decoder)
+        export(run.model, folder, tokenizer=run.tokenizer, stop_ids=self.stop_ids(run.tokenizer))
+
+    def export_stored(self, saved: Checkpoint, folder: Path, tokenizer: Tokenizer) -> None:
+        """The same from a checkpoint, where no rank has the whole model."""
+        export_checkpoint(saved, self.settings.model, folder, tokenizer=tokenizer,
+                          stop_ids=self.stop_ids(tokenizer))
+
+
+class Sft(Stage):
+    """Supervised fine-tuning: the loss of the answers' tokens alone."""
+
+    kind: Kind = "chat"
+    settings: SftRun
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
+        return sft.loss(model, batch, self._config)
+
+    def beside(self, held: EvalSet) -> dict[str, float]:
+        return {}
+
+
+class Preference(Stage):
+    """DPO and its kin, on pairs; KTO on judged answers."""
+
+    settings: PreferenceRun
+
+    @property
+    def look(self) -> Callable[[list[float]], str | None] | None:
+        return partial(preference.stuck, config=self.settings.loss)
+
+    def __init__(self, settings: PreferenceRun) -> None:
+        self.kind = "judged" if settings.loss.name == "kto" else "preference"
+        super().__init__(settings)
+        if settings.reference and not preference.needs_reference(settings.loss):
+            raise UserError(f"--reference is given, and {settings.loss.name} has none: leave it "
+                            "out")
+
+    def begin(self, run: "Run") -> dict[str, Any]:
+        if not preference.needs_reference(self.settings.loss):
+            return {}
+        values, key = reference_of(run, self.settings.reference)
+        run.loader.packed.reference = run.held.packed.reference = values
+        return {"reference": key}
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
+        return preference.loss(model, batch, self._config)
+
+    def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
+        return evaluate_pairs(model, run.held, device=run.device, world=run.world,
+                              measure=partial(preference.measure, config=self.settings.loss))
+
+    def beside(self, held: EvalSet) -> dict[str, float]:
+        return {}
+
+
+class Reward(Stage):
+    """A pairwise reward model."""
+
+    kind: Kind = "preference"
+    settings: RewardRun
+
+    def build(self, decoder: Decoder) -> nn.Module:
+        return RewardModel(decoder)
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
+        return reward.loss(model, batch, self._config)
+
+    def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
+        return evaluate_pairs(model, run.held, device=run.device, world=run.world,
+                              measure=partial(reward.measure, config=self.settings.loss))
+
+    def beside(self, held: EvalSet) -> dict[str, float]:
+        return {}
+
+    def prompts(self, held: EvalSet) -> list[Prompt]:
+        return []
+
+    def export(self, run: "Run", folder: Path) -> None:
+        assert isinstance(run.model, RewardModel)
+        save_reward(run.model, folder, tokenizer=run.tokenizer)
+
+    def export_stored(self, saved: Checkpoint, folder: Path, tokenizer: Tokenizer) -> None:
+        decoder = Decoder(self.settings.model, initialize=False)
+        model = self.build(decoder.to(saved.layout["model"]["decoder.embed_tokens.weight"].dtype))
+        assert isinstance(model, RewardModel)
+        saved.fill("model", dict(model.named_parameters()))
+        save_reward(model, folder, tokenizer=tokenizer)
+
+
+def stage_of(settings: RunConfig) -> Stage:
+    """The stage that settings are of."""
+    kinds: dict[type, type[Stage]] = {SftRun: Sft, PreferenceRun: Preference, RewardRun: Reward}
+    return kinds.get(type(settings), Stage)(settings)
