@@ -20,16 +20,22 @@ from fastllm.importing.gguf_tokenizer import read_tokenizer
 from fastllm.model import Decoder, ModelConfig, RopeScaling, hf
 
 # general.architecture -> model_type of Hugging Face. Mistral is stored as llama.
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+                 "gemma2": "gemma2", "gemma3": "gemma3_text"}
 # Names of a block's tensors, ours to GGUF's.
 _BLOCK = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
           "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
           "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
           "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
           "mlp.down_proj": "ffn_down"}
+# Where each branch is normed twice, GGUF names the four norms otherwise.
+_SANDWICH = {**_BLOCK, "post_attention_layernorm": "post_attention_norm",
+             "pre_feedforward_layernorm": "ffn_norm",
+             "post_feedforward_layernorm": "post_ffw_norm"}
 _OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight",
             "model.norm.weight": "output_norm.weight"}
 _FREQUENCIES = "rope_freqs.weight"
+_MOST_LAYERS = 10000
 _LONGEST = 1 << 24  # tokens: beyond any model's, and RoPE's tables are made for them
 # Keys that say nothing which the weights do not, or that are about how to run the file.
 _NEUTRAL = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
@@ -138,10 +144,42 @@ def read_config(file: File) -> ModelConfig:
         "rope_theta": _decimal(keys.take("rope.freq_base", float, 10000.0)),
         "rope_scaling": _rope_scaling(file, keys, head_dim, positions),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "qk_norm": kind == "qwen3", "attention_bias": kind == "qwen2"}
+        "qk_norm": kind in ("qwen3", "gemma3_text"), "attention_bias": kind == "qwen2"}
+    if kind.startswith("gemma"):
+        values |= _gemma(keys, kind, values)
     keys.finish()
     _check_sizes(file, values)
     return ModelConfig(**values)
+
+
+def _gemma(keys: _Keys, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma has besides. The file leaves much of it to llama.cpp, which knows it by layers."""
+    same = {"hidden_act": "gelu_pytorch_tanh", "scale_embeddings": True, "rms_norm_offset": 1.0}
+    if kind == "gemma":
+        return same
+    layers, two = values["num_hidden_layers"], kind == "gemma2"
+    window = keys.take("attention.sliding_window", int, needed=True)
+    pattern = 2 if two else keys.take("attention.sliding_window_pattern", int, 6)
+    if layers > _MOST_LAYERS:
+        keys.refuse("block_count", f"is {layers}")
+    types = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
+             for layer in range(layers)]
+    alike = "full_attention" not in types
+    same |= {"sandwich_norms": True, "layer_types": None if alike else types,
+             "final_logit_softcapping": keys.take("final_logit_softcapping", float,
+                                                  30.0 if two else None)}
+    if set(types) == {"full_attention"}:
+        same["layer_types"] = None
+    else:
+        same["sliding_window"] = window
+    if two:
+        same["attn_logit_softcapping"] = keys.take("attn_logit_softcapping", float, 50.0)
+    elif "sliding_window" in same:
+        same["rope_local_base_freq"] = _decimal(keys.take("rope.freq_base_swa", float, 10000.0))
+    if layers == (46 if two else 62):
+        # The 27B of either: scores go by hidden_size / heads, which is not the width of a head.
+        same["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
+    return same
 
 
 def _decimal(value: float) -> float:
@@ -229,7 +267,8 @@ def weights(file: File, model: Decoder) -> Iterator[Tensor]:
     model: of `read_config`, on meta. Names and shapes are compared before this returns: UserError
     names the tensor that is missing, left over or of another shape.
     """
-    names = {name: _stored_name(name) for name, _ in hf.hf_tensors(model)}
+    block = _SANDWICH if model.config.sandwich_norms else _BLOCK
+    names = {name: _stored_name(name, block) for name, _ in hf.hf_tensors(model)}
     for name, tensor in hf.hf_tensors(model):
         _check_shape(file, names[name], tuple(tensor.shape))
     for name in file.tensors.keys() - {*names.values(), _FREQUENCIES}:
@@ -238,12 +277,12 @@ def weights(file: File, model: Decoder) -> Iterator[Tensor]:
     return _values(file, model.config, names)
 
 
-def _stored_name(name: str) -> str:
+def _stored_name(name: str, block: dict[str, str]) -> str:
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, _, layer, rest = name.split(".", 3)
     part, _, leaf = rest.rpartition(".")
-    return f"blk.{layer}.{_BLOCK[part]}.{leaf}"
+    return f"blk.{layer}.{block[part]}.{leaf}"
 
 
 def _values(file: File, config: ModelConfig, names: dict[str, str]) -> Iterator[Tensor]:
@@ -255,5 +294,8 @@ def _values(file: File, config: ModelConfig, names: dict[str, str]) -> Iterator[
             # llama.cpp turns neighbours (2i, 2i + 1) where we turn (i, i + D/2): rows were moved.
             rows = next(file.rows(stored, whole=True))
             yield rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2)
+        elif len(file.tensors[stored].shape) == 1 and config.rms_norm_offset:
+            # The norms of Gemma, which has no other vectors, are stored with their offset in them.
+            yield next(file.rows(stored)) - config.rms_norm_offset
         else:
             yield from file.rows(stored)

@@ -28,7 +28,8 @@ def scrambled(**changes):
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise)
+            middle = 1 - model.config.rms_norm_offset
+            parameter.copy_(middle + 0.2 * noise if parameter.dim() == 1 else 0.1 * noise)
     return model.eval()
 
 

@@ -148,6 +148,28 @@ def test_sentencepiece_in_a_folder_is_what_transformers_reads(forge, tmp_path):
                           split_special_tokens=True)["input_ids"] == ids
 
 
+def test_gemma_merges_by_place_and_runs_of_spaces_are_pieces(forge):
+    """Its scores say nothing, and a run of spaces is stored as spaces, marked user-defined."""
+    path = forge.folder / "words.gguf"
+    writer = gguf.GGUFWriter(path, "gemma2")
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<b>", "  ",
+              *(f"<0x{byte:02X}>" for byte in range(256)), "lo", "he", "el", "▁h", "▁", "h", "e", "l", "o"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([3, 3, 3, 2, 4, 4] + [6] * 256 + [1] * 9)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_add_space_prefix(False)
+    forge.finish(writer)
+    tokenizer, *_ = read(path)
+    names = [tokenizer._inner.id_to_token(i) for i in tokenizer.encode("helo  <b> hel")]
+    assert names == ["he", "lo", "▁▁", "<b>", "▁", "he", "l"]
+    assert tokenizer.decode(tokenizer.encode("  helo   x ")) == "  helo   x "
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 1, 0)
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"pre": "deepseek-v9"}, r"pre 'deepseek-v9' is not supported.*there are: default, gpt-2"),
     ({"pre": None}, "pre None is not supported"),

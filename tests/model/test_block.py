@@ -10,11 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastllm import ops
 from fastllm.model import Decoder, ModelConfig, block
 
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "scale_embeddings": True, "rms_norm_offset": 1.0,
+         "sandwich_norms": True, "sliding_window": 4, "rope_local_base_freq": 100.0,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
-def run(recompute, *, backend=None, dropout=0.2, dtype=torch.float32):
+
+def run(recompute, *, backend=None, dropout=0.2, dtype=torch.float32, **changes):
     config = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16,
-                         dropout=dropout, recompute=recompute, qk_norm=True)
+                         dropout=dropout, recompute=recompute, qk_norm=True, **changes)
     torch.manual_seed(0)
     model = Decoder(config, generator=torch.Generator().manual_seed(0)).to(dtype).train()
     ids = torch.randint(0, 64, (2, 16))
@@ -40,11 +44,12 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("changes", [{}, GEMMA], ids=["plain", "gemma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_gradients_and_random_state_are_the_same_to_the_bit(recompute, dtype):
-    hidden, gradients, after, _ = run("none", dtype=dtype)
-    hidden2, gradients2, after2, _ = run(recompute, dtype=dtype)
+def test_gradients_and_random_state_are_the_same_to_the_bit(recompute, dtype, changes):
+    hidden, gradients, after, _ = run("none", dtype=dtype, **changes)
+    hidden2, gradients2, after2, _ = run(recompute, dtype=dtype, **changes)
     assert torch.equal(hidden, hidden2)
     assert after == after2
     for name, gradient in gradients.items():
@@ -85,16 +90,17 @@ def test_nothing_is_run_twice_without_gradients():
         assert not model(torch.randint(0, 64, (1, 8))).requires_grad
 
 
-def test_what_swiglu_gives_is_made_again_and_not_kept(monkeypatch):
+@pytest.mark.parametrize(("act", "op"), [("silu", "swiglu"), ("gelu_pytorch_tanh", "geglu")])
+def test_what_the_gate_gives_is_made_again_and_not_kept(act, op, monkeypatch):
     """The MLP keeps gate and up but not their product; gradients are the same bits."""
     torch.manual_seed(0)
-    mlp = block.MLP(ModelConfig(hidden_size=32, intermediate_size=48))
+    mlp = block.MLP(ModelConfig(hidden_size=32, intermediate_size=48, hidden_act=act))
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(2, 5, 32)
     made = []
-    swiglu = ops.swiglu
-    monkeypatch.setattr(ops, "swiglu", lambda *halves: made.append(1) or swiglu(*halves))
+    gate = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *halves, **how: made.append(1) or gate(*halves, **how))
     gradients = []
     for times in (2, 1):
         if times == 1:

@@ -54,6 +54,12 @@ def test_norms_are_one_and_biases_zero():
             assert (tensor == 0).all(), name
 
 
+def test_norms_with_an_offset_come_to_one():
+    for name, tensor in named_parts(build(rms_norm_offset=1.0, sandwich_norms=True, qk_norm=True)):
+        if "norm" in name:
+            assert (tensor == 0).all(), name
+
+
 def test_the_seed_decides_and_nothing_else_does():
     def weights(model):
         return dict(named_parts(model))
