@@ -153,7 +153,8 @@ def test_gemma_merges_by_place_and_runs_of_spaces_are_pieces(forge):
     path = forge.folder / "words.gguf"
     writer = gguf.GGUFWriter(path, "gemma2")
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<b>", "  ",
-              *(f"<0x{byte:02X}>" for byte in range(256)), "lo", "he", "el", "▁h", "▁", "h", "e", "l", "o"]
+              *(f"<0x{byte:02X}>" for byte in range(256)), "lo", "he", "el", "▁h",
+              "▁", "h", "e", "l", "o"]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))

@@ -195,12 +195,19 @@ def test_misuse_is_refused():
             model(**kwargs)
 
 
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "scale_embeddings": True, "rms_norm_offset": 1.0,
+         "sandwich_norms": True, "qk_norm": True, "sliding_window": 4, "query_pre_attn_scalar": 9,
+         "rope_local_base_freq": 100.0, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {**GEMMA, "num_hidden_layers": 2}],
+                         ids=["plain", "gemma"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_the_model_compiles_as_one_graph(recompute):
+def test_the_model_compiles_as_one_graph(recompute, changes):
     """No graph break on packed documents, and the gradients of the plain model."""
     model = Decoder(ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48,
-                                num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                                max_position_embeddings=16, recompute=recompute))
+                                num_attention_heads=4, num_key_value_heads=2,
+                                max_position_embeddings=16, recompute=recompute, **changes))
     documents = {"position_ids": torch.tensor([[*range(5), *range(11)], [*range(16)]]),
                  "cu_seqlens": torch.tensor([0, 5, 16, 32], dtype=torch.int32), "max_seqlen": 16}
     ids = torch.randint(0, 40, (2, 16))
