@@ -33,8 +33,7 @@ class Decoder(nn.Module):
                  initialize: bool = True):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size,
-                                      scaled=config.scale_embeddings)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryTable(config)
         self.rotary_local = None
         if config.rope_local_base_freq is not None:
@@ -78,6 +77,10 @@ class Decoder(nn.Module):
         far = self.rotary(places)
         near = far if self.rotary_local is None else self.rotary_local(places)
         x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:
+            # Rounded to the model's type before the product, as Gemma's own is. It stands here and
+            # not in the embedding, which adapters replace.
+            x = x * torch.full((), x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)
         if self.config.dropout:
             x = dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):

@@ -66,21 +66,10 @@ def made_again(result: Tensor, make: Callable[..., Tensor], *inputs: Tensor
 
 
 class Embedding(nn.Embedding):
-    """A look-up of rows, filled by `init_weights`; scaled, their product with sqrt(width)."""
-
-    def __init__(self, rows: int, width: int, *, scaled: bool = False):
-        super().__init__(rows, width)
-        self.scaled = scaled
+    """A look-up of rows, filled by `init_weights`."""
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` fills every parameter by its name."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = super().forward(input_ids)
-        if not self.scaled:
-            return x
-        # The factor is rounded to the weights' type first, as Gemma's own is.
-        return x * torch.full((), self.embedding_dim ** 0.5, dtype=x.dtype, device=x.device)
 
 
 class RMSNorm(nn.Module):
