@@ -213,8 +213,8 @@ def loss(model: Any, batch: Batch, config: PreferenceConfig | None = None) -> tu
     A pair without a trained token in an answer that the loss compares says nothing: it adds 0.
     Raises UserError for a batch that lacks pairs, reference or judgement.
     """
-    config = config or PreferenceConfig()
-    return _result(_scores(model, batch, config), config).losses.sum(), batch.count
+    total, count, _ = loss_and_measures(model, batch, config)
+    return total, count
 
 
 @torch.no_grad()
@@ -228,19 +228,32 @@ def measure(model: Any, batch: Batch, config: PreferenceConfig | None = None
     not, margin adds the rewards of the desirable and subtracts those of the others, and chosen and
     rejected are the desirable and the undesirable ones.
     """
+    total, _, sums = loss_and_measures(model, batch, config)
+    return {"loss": total, **sums}
+
+
+def loss_and_measures(model: Any, batch: Batch, config: PreferenceConfig | None = None
+                      ) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """`loss`, and `measure` but for its loss, of one forward: for a training step's record."""
     config = config or PreferenceConfig()
     scores = _scores(model, batch, config)
     result = _result(scores, config)
+    with torch.no_grad():
+        sums = _sums(scores, result)
+    return result.losses.sum(), batch.count, sums
+
+
+def _sums(scores: Scores, result: Result) -> dict[str, Tensor]:
+    """`measure` but for its loss."""
     chosen, rejected = result.chosen_rewards, result.rejected_rewards
     logps = scores.chosen, scores.rejected
     if scores.desirable is not None:
         nothing = torch.zeros_like(scores.chosen)
         logps = (torch.where(scores.desirable, scores.chosen, nothing),
                  torch.where(scores.desirable, nothing, scores.chosen))
-    return {"loss": result.losses.sum(), "accuracy": (chosen > rejected).float().sum(),
-            "margin": (chosen - rejected).sum(), "chosen_rewards": chosen.sum(),
-            "rejected_rewards": rejected.sum(), "chosen_logps": logps[0].sum(),
-            "rejected_logps": logps[1].sum()}
+    return {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum(),
+            "chosen_rewards": chosen.sum(), "rejected_rewards": rejected.sum(),
+            "chosen_logps": logps[0].sum(), "rejected_logps": logps[1].sum()}
 
 
 def stuck(history: list[float], config: PreferenceConfig) -> str | None:

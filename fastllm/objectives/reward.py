@@ -35,19 +35,26 @@ def loss(model: Any, batch: Batch, config: RewardConfig | None = None) -> tuple[
 
     Raises UserError for a batch without pairs.
     """
-    losses, _ = _losses(model, batch, config or RewardConfig())
-    return losses.sum(), batch.count
+    total, count, _ = loss_and_measures(model, batch, config)
+    return total, count
 
 
 @torch.no_grad()
 def measure(model: Any, batch: Batch, config: RewardConfig | None = None) -> dict[str, Tensor]:
     """Sums over the pairs (fp32, 0-d), without gradients: loss, accuracy (pairs with r_c > r_r),
     margin (r_c - r_r), chosen_rewards, rejected_rewards. Raises UserError as `loss`."""
+    total, _, sums = loss_and_measures(model, batch, config)
+    return {"loss": total, **sums}
+
+
+def loss_and_measures(model: Any, batch: Batch, config: RewardConfig | None = None
+                      ) -> tuple[Tensor, int, dict[str, Tensor]]:
+    """`loss`, and `measure` but for its loss, of one forward: for a training step's record."""
     losses, rewards = _losses(model, batch, config or RewardConfig())
-    chosen, rejected = rewards.unbind(1)
-    return {"loss": losses.sum(), "accuracy": (chosen > rejected).float().sum(),
-            "margin": (chosen - rejected).sum(), "chosen_rewards": chosen.sum(),
-            "rejected_rewards": rejected.sum()}
+    chosen, rejected = rewards.detach().unbind(1)
+    return losses.sum(), batch.count, {
+        "accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum(),
+        "chosen_rewards": chosen.sum(), "rejected_rewards": rejected.sum()}
 
 
 def _losses(model: Any, batch: Batch, config: RewardConfig) -> tuple[Tensor, Tensor]:

@@ -95,8 +95,11 @@ def test_value_and_gradients_equal_the_papers(make_model, make_batch, texts, pla
     assert measured.keys() == wanted.keys()
     for name, total in wanted.items():
         assert not measured[name].requires_grad
-        assert measured[name].item() == pytest.approx(float(total), rel=1e-5, abs=1e-4), name
+        assert measured[name].item() == pytest.approx(total.item(), rel=1e-5, abs=1e-4), name
     assert 0 < measured["accuracy"] < 4
+    value, count, sums = preference.loss_and_measures(model, batch, config)
+    assert value.requires_grad and not any(total.requires_grad for total in sums.values())
+    assert {"loss": value.detach(), **sums} == measured and count == 4
 
 
 def random_scores(reference=True):

@@ -8,7 +8,7 @@ import torch
 
 from fastllm.config import UserError, build
 from fastllm.model.reward import RewardModel
-from fastllm.objectives.reward import RewardConfig, loss, measure
+from fastllm.objectives.reward import RewardConfig, loss, loss_and_measures, measure
 
 
 @pytest.fixture
@@ -48,6 +48,9 @@ def test_value_and_gradients(model, make_batch, texts, weight):
         assert not measured[name].requires_grad
         assert measured[name].item() == pytest.approx(total.item(), rel=1e-4, abs=1e-5), name
     assert 0 < measured["accuracy"] < 4
+    value, count, sums = loss_and_measures(model, batch, config)
+    assert value.requires_grad and not any(total.requires_grad for total in sums.values())
+    assert {"loss": value.detach(), **sums} == measured and count == 4
 
 
 def test_labels_do_not_matter(model, make_batch):
