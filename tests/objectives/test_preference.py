@@ -157,6 +157,18 @@ def test_extreme_scores_are_finite(case, far):
         assert value.isfinite().all()
 
 
+def test_log_of_one_minus_p_is_exact_at_both_ends():
+    """One rounding or two in fp32 from p near 1 to p near 0, in value and in slope."""
+    x = -torch.logspace(-5, 1, 40)
+    x.requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    value, truth = preference._log1mexp(x), torch.log(-torch.expm1(wide))
+    value.sum().backward()
+    truth.sum().backward()
+    torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize("config", CONFIGS[::2], ids=str)
 def test_extreme_logits_are_finite(make_model, make_batch, config):
     model, batch = make_model(), complete(make_batch, config)
