@@ -30,7 +30,7 @@ def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = 
            stop_ids: Collection[int] = ()) -> Path:
     """Write model and tokenizer into `folder`, replacing an earlier export; returns it.
 
-    The architecture follows from the config: Llama, Qwen2 (bias) or Qwen3 (QK-norm).
+    The architecture follows from the config, such as Llama, Qwen2 (bias) or Qwen3 (QK-norm).
 
     Args:
         tokenizer: its files, and the ids of its bos, eos and pad; None writes the model alone.
@@ -43,7 +43,7 @@ def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = 
     tokens than the model or that transformers would read otherwise, a folder that holds other
     files, and a disk that cannot be written.
     """
-    return _export(model, model.parameters(), folder, tokenizer, chat_template,
+    return export_weights(model, model.parameters(), folder, tokenizer, chat_template,
                    dtype or model.embed_tokens.weight.dtype, stop_ids)
 
 
@@ -63,11 +63,11 @@ def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path
             raise UserError(f"{saved.path}: tensor {name} is not as the model's settings say; "
                             "config.yaml belongs to another run")
     weights = (saved.tensor("model", name) for name in wanted)
-    return _export(model, weights, folder, tokenizer, chat_template,
+    return export_weights(model, weights, folder, tokenizer, chat_template,
                    dtype or stored["embed_tokens.weight"].dtype, stop_ids)
 
 
-def _export(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
+def export_weights(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
             tokenizer: Tokenizer | None, chat_template: str | None, dtype: torch.dtype,
             stop_ids: Collection[int]) -> Path:
     """`export` of a model whose weights, in the order of its parameters, may lie elsewhere."""
@@ -75,7 +75,8 @@ def _export(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
     target = Path(folder)
     _check_replaceable(target)
     temporary = target.with_name(f".{target.name}.tmp")
-    ids: dict[str, int | list[int] | None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids: dict[str, int | list[int] | None] = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id"))
     if tokenizer is not None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the "

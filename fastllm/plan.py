@@ -42,6 +42,13 @@ class Plan:
         return f"memory a rank, predicted: {data_size(self.total)} ({parts})"
 
 
+def describes(config: ModelConfig) -> bool:
+    """Whether the activations of this architecture are known: not yet those of GeGLU, sandwich
+    norms, windows, and softcaps of the scores."""
+    return not (config.hidden_act != "silu" or config.sandwich_norms or config.sliding_window
+                or config.attn_logit_softcapping)
+
+
 def make_plan(model: ModelConfig, optim: OptimConfig, dist: DistConfig, *, dtype: torch.dtype,
               tokens: int, grad_accum: int, rank: int = 0, world: int = 1,
               device: torch.device | None = None) -> Plan:

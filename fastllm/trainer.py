@@ -100,7 +100,8 @@ class Trainer:
                  device: torch.device, callbacks: Sequence[Callback] = (),
                  scaler: LossScaler | None = None,
                  evaluate: Callable[[Any], dict[str, float]] | None = None, eval_every: int = 0,
-                 patience: int = 0, eval_on_start: bool = False, flops_per_token: float = 0.0, peak_flops: float = math.inf,
+                 patience: int = 0, eval_on_start: bool = False, flops_per_token: float = 0.0,
+                 peak_flops: float = math.inf,
                  identity: dict[str, Any] | None = None, world: World = ALONE,
                  zero: Zero | None = None) -> None:
         self.model, self.optimizer, self.loader = model, optimizer, loader

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from fastllm import checkpoint, config, run
-from fastllm.run import stages
 from fastllm.config import RunError, UserError
 from fastllm.optim import OPTIMIZERS
+from fastllm.run import stages
 from fastllm.trainer import MAX_SKIPPED_IN_A_ROW, TrainConfig
 
 

@@ -9,6 +9,6 @@ from fastllm.data.sources import DataConfig, Progress
 from fastllm.data.stats import preview, render_preview, render_stats, stats
 from fastllm.data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
-__all__ = ["Batch", "DataConfig", "EvalSet", "Kind", "Loader", "Prepared", "Progress", "Report", "Rows",
-           "Tokenizer", "TokenizerConfig", "load_tokenizer", "open_prepared", "prepare", "preview",
-           "render_preview", "render_stats", "stats", "train_tokenizer"]
+__all__ = ["Batch", "DataConfig", "EvalSet", "Kind", "Loader", "Prepared", "Progress", "Report",
+           "Rows", "Tokenizer", "TokenizerConfig", "load_tokenizer", "open_prepared", "prepare",
+           "preview", "render_preview", "render_stats", "stats", "train_tokenizer"]

@@ -57,8 +57,8 @@ def import_gguf(path: Path, target: str | Path, dtype: torch.dtype | None,
     with torch.device("meta"):
         model = Decoder(config)
     tokenizer, template, stop_ids = read_tokenizer(file, say)
-    return export._export(model, weights(file, model), target, tokenizer, template,
-                          dtype or _exact(file), stop_ids)
+    return export.export_weights(model, weights(file, model), target, tokenizer, template,
+                                 dtype or _exact(file), stop_ids)
 
 
 def _exact(file: File) -> torch.dtype:

@@ -49,8 +49,8 @@ def import_pickled(path: Path, target: str | Path, dtype: torch.dtype | None,
         model = Decoder(config)
     _check(model, tensors, origin, folder)
     tokenizer, template = _tokenizer(folder, say)
-    return export._export(model, _values(model, tensors), target, tokenizer, template,
-                          dtype or _widest(tensors), hf.stop_tokens(folder))
+    return export.export_weights(model, _values(model, tensors), target, tokenizer, template,
+                                 dtype or _widest(tensors), hf.stop_tokens(folder))
 
 
 def _files(path: Path) -> list[tuple[Path, set[str]]]:

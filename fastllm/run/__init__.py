@@ -7,7 +7,8 @@
 """
 
 from fastllm.run.base import Base, find_base, open_model
-from fastllm.run.session import Run, demo, open_folder, train
+from fastllm.run.demo import demo
+from fastllm.run.session import Run, open_folder, train
 from fastllm.run.settings import (
     PreferenceRun,
     RewardRun,

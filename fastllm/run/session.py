@@ -7,7 +7,6 @@ Everything is written under the run's folder; `--resume` finds it there. What a 
 differently is its `Stage`.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,6 @@ from fastllm.config import RunError, UserError
 from fastllm.data import EvalSet, Loader, Prepared, Tokenizer
 from fastllm.dist import mesh, zero
 from fastllm.dist.mesh import ALONE, World
-from fastllm.generate import GenerateConfig, generate
 from fastllm.model import Decoder, filler, num_parameters
 from fastllm.monitor import Monitor, dtype_name, environment, peak_flops
 from fastllm.optim import LossScaler, describe, make_optimizer, param_groups
@@ -31,8 +29,9 @@ from fastllm.plan import make_plan
 from fastllm.process import seed_generators
 from fastllm.report import write_report
 from fastllm.run.base import Base, find_base, weights_hash
+from fastllm.run.ending import end
 from fastllm.run.settings import NOT_IDENTITY, RunConfig, TuneConfig
-from fastllm.run.setup import pick_device, prepare_data, training_dtype
+from fastllm.run.setup import pick_device, prepare_data, training_dtype, write_json
 from fastllm.run.stages import Stage, stage_of
 from fastllm.trainer import TrainConfig, Trainer
 
@@ -68,9 +67,9 @@ def _train(settings: RunConfig, world: World, device: torch.device) -> dict[str,
     if saved:
         _keep_rows(settings.train, saved, world)
     plan = None
-    if type(settings) is RunConfig:
+    if stage.planned:
         plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
-                         tokens=settings.train.batch_size * settings.train.seq_len,
+                         tokens=settings.train.batch_size * stage.row_tokens,
                          grad_accum=settings.train.grad_accum, rank=world.rank, world=world.size,
                          device=device)
         if world.first:
@@ -282,7 +281,7 @@ class Run:
             for callback in trainer.callbacks:
                 callback.on_start({"step": trainer.progress.step, "total_steps": self.total_steps})
             trainer.run()
-            summary = self.end()
+            summary = end(self)
             for callback in trainer.callbacks:
                 callback.on_end(summary)
         finally:
@@ -295,170 +294,28 @@ class Run:
                 print(f"report: {report}")
         return summary
 
-    def end(self) -> dict[str, Any]:
-        """The summary, after what only all ranks together can do for it."""
-        last, written = None, None
-        if self.finished:
-            if len(self.held) and self.settings.eval.every:
-                # A run resumed at its end trains no step, and so has no evaluation yet.
-                last = self.trainer.last_evaluation or self.evaluate(self.model.eval())
-            if self.settings.eval.load_best:
-                last = self._load_best(last)
-            if self.zero and self.zero.stage == 3:
-                # No rank can run the model alone: each draws the same tokens.
-                written = self.continuations()
-                self.zero.reshard()
-        summary: dict[str, Any] = {}
-
-        def finish() -> None:
-            self.write_dispatch()
-            summary.update(self.finish(last, written))
-
-        self.world.first_alone("finish", finish)
-        return summary
-
     @property
     def finished(self) -> bool:
         """Whether all steps have been made, or the run has ended early."""
         progress = self.trainer.progress
         return progress.step >= self.total_steps or progress.ended_early
 
-    def _load_best(self, last: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Take the weights of the best evaluation, on every rank; returns that evaluation's record
-        where this process made it, else a new one."""
-        progress = self.trainer.progress
-        if progress.best_step is None or progress.best_step == progress.step:
-            return last
-        name = f"step-{progress.best_step:08d}"
-        saved = checkpoint.load(self.folder / "checkpoints" / name, self.world)
-        self.trainer.load_weights(saved)
-        self.say(f"the weights of step {progress.best_step} are the best: taken")
-        return {"step": progress.best_step, **self.evaluate(self.model.eval())}
-
     def write_inputs(self) -> None:
         """config.yaml, environment.json, dispatch.json, tokenizer.json and the data's account."""
         stored = replace(self.settings, resume=False)
         (self.folder / "config.yaml").write_text(config.to_yaml(stored), encoding="utf-8")
-        _json(self.folder / "environment.json", environment(self.device))
+        write_json(self.folder / "environment.json", environment(self.device))
         self.write_dispatch()
         account = self.prepared.report.to_dict()
         account["notes"] = [*account["notes"], *self.loader.packed.notes]
-        _json(self.folder / "data.json", account)
+        write_json(self.folder / "data.json", account)
         self.tokenizer.save(self.folder / "tokenizer.json")
 
     def write_dispatch(self) -> None:
         """dispatch.json, at the start and again after training: what runs attention is measured."""
-        _json(self.folder / "dispatch.json", {
+        write_json(self.folder / "dispatch.json", {
             op: {"backend": backend, "reason": reason}
             for op, (backend, reason) in ops.dispatch(self.device).items()})
-
-    def finish(self, last: dict[str, Any] | None,
-               written: list[dict[str, str]] | None) -> dict[str, Any]:
-        """The summary, with the last evaluation; where the run came to its end also what it is
-        shown beside, continuations (those written already, in stage 3) and model/."""
-        progress = self.trainer.progress
-        summary: dict[str, Any] = {
-            "steps": progress.step, "total_steps": self.total_steps, "tokens": progress.tokens,
-            "skipped_steps": progress.skipped, "seconds": progress.seconds,
-            "parameters": num_parameters(self.settings.model),
-            "stopped_by": self.trainer.stopped_by, "ended_early": progress.ended_early,
-            "best_step": progress.best_step, "finished": self.finished,
-        }
-        if self.zero:
-            summary["sent_bytes"] = self.zero.sent_bytes  # by this rank, in this process
-        joules = self.trainer.monitor.energy_joules()
-        here = progress.tokens - self.tokens_before  # the monitor knows this process only
-        if joules is not None and here:
-            summary["joules_per_token"] = joules / here
-        if self.finished:
-            if last:
-                summary |= {key: value for key, value in last.items() if key != "step"}
-                summary |= self.stage.beside(self.held)
-            summary["continuations"] = self.continuations() if written is None else written
-            summary |= self.write_model()
-        _json(self.folder / "summary.json", summary)
-        return summary
-
-    def write_model(self) -> dict[str, Any]:
-        """model/, and adapter/ where one was trained; returns what the summary says of it."""
-        target, tokenizer = self.folder / "model", self.tokenizer
-        if self.zero and self.zero.stage == 3:
-            # No rank has the whole model; a checkpoint has, on the disk.
-            saved = checkpoint.load(self._newest_weights())
-            self.stage.export_stored(saved, target, tokenizer)
-        elif self.adapter is None:
-            self.stage.export(self, target)
-        else:
-            return self._write_adapter(target)
-        return {}
-
-    def _newest_weights(self) -> Path:
-        """The checkpoint whose weights are the model's."""
-        progress = self.trainer.progress
-        best = progress.best_step if self.settings.eval.load_best else None
-        return self.folder / "checkpoints" / f"step-{best or progress.step:08d}"
-
-    def _write_adapter(self, target: Path) -> dict[str, Any]:
-        """adapter/ in PEFT's format, and model/ with the adapter merged where it can be."""
-        assert self.adapter is not None and isinstance(self.model, Decoder)
-        folder = self.folder / "adapter"
-        self.adapter.save(folder, base=str(Path(str(self.settings.from_)).absolute()))
-        if not self.adapter.mergeable:
-            return {}
-        difference, bound = adapters.merge_check(self.adapter, _probe(self.held, self.device))
-        print(f"merged into model/: logits differ by at most {difference:.3g} (bound {bound:.3g})")
-        if not difference <= bound:
-            raise RunError(f"merging the adapter changes logits by {difference:.3g}, more than "
-                           f"{bound:.3g}: {folder} is written, model/ is not")
-        self.stage.export(self, target)
-        return {"merge_difference": difference}
-
-    def continuations(self) -> list[dict[str, str]]:
-        """What the model writes after each prompt."""
-        settings = self.settings.eval
-        room = self.settings.model.max_position_embeddings - settings.new_tokens
-        prompts = [(text, ids) for text, ids in self.stage.prompts(self.held)
-                   if 0 < len(ids) < room] if settings.new_tokens else []
-        if not prompts:
-            return []
-        drawn = GenerateConfig(max_new_tokens=settings.new_tokens, temperature=0.8, top_p=0.95,
-                               seed=self.settings.train.seed)
-        stop = self.stage.stop_ids(self.tokenizer)
-        model: Any = self.model.eval()
-        written = generate(model, [ids for _, ids in prompts], drawn, eos_token_ids=stop)
-        return [{"prompt": text, "text": self.tokenizer.decode([i for i in ids if i not in stop])}
-                for (text, _), ids in zip(prompts, written, strict=True)]
-
-
-def _probe(held: EvalSet, device: torch.device) -> torch.Tensor:
-    """Tokens (1, S) on which two forms of a model are compared."""
-    dataset = held.dataset if len(held.dataset) else None
-    ids = dataset.document(0)[:256].tolist() if dataset else list(range(16))
-    return torch.tensor([ids], dtype=torch.int64, device=device)
-
-
-def demo(settings: RunConfig) -> None:
-    """`demo`: pretrain, then say what came of it; a finished demo is shown again, not run again."""
-    settings.out = settings.out or "runs/demo"
-    folder = Path(settings.out)
-    done, stored = folder / "summary.json", folder / "config.yaml"
-    summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if summary.get("finished") and stored.read_text(encoding="utf-8") == config.to_yaml(settings):
-        print(f"{folder} is finished and nothing changed since; remove it to train again")
-    else:
-        settings.resume = (folder / "checkpoints").is_dir() and not summary.get("finished")
-        summary = train(settings)
-    if not summary["finished"]:
-        return
-    if "val_bpb" in summary:
-        print(f"held-out documents: {summary['val_bpb']:.3f} bits per byte; "
-              f"xz -9 on the same bytes: {summary['xz_bpb']:.3f}")
-    for sample in summary["continuations"]:
-        print(f"\n> {sample['prompt']}{sample['text']}")
-    print(f"\nrun folder: {folder}  (config.yaml, metrics.jsonl, report.html, checkpoints/, "
-          "model/)")
-    print(f"try: fastllm-train generate {folder} --prompt 'Return the'")
-
 
 def open_folder(folder: Path, resume: bool, world: World = ALONE
                 ) -> checkpoint.Checkpoint | None:
@@ -479,8 +336,3 @@ def open_folder(folder: Path, resume: bool, world: World = ALONE
     if saved is None and world.first:
         print(f"{checkpoints} holds no checkpoint yet: beginning at step 0")
     return saved
-
-
-def _json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n",
-                    encoding="utf-8")

@@ -1,8 +1,10 @@
 """What every command needs before it begins: the device, the dtype, prepared data."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,3 +55,9 @@ def prepare_data(sources: DataConfig, tokenizer_config: TokenizerConfig, *,
     with data_progress() as progress:
         return data.prepare(sources, tokenizer_config, tokenizer=tokenizer,
                             vocab_size=vocab_size, progress=progress, rows=rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file of a run's folder."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n",
+                    encoding="utf-8")

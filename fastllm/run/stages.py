@@ -19,6 +19,7 @@ from fastllm.export import export, export_checkpoint
 from fastllm.model import Decoder, flops_per_token
 from fastllm.model.reward import RewardModel, save_reward
 from fastllm.objectives import preference, pretrain, reward, sft
+from fastllm.plan import describes
 from fastllm.run.reference import reference_of
 from fastllm.run.settings import PreferenceRun, RewardRun, RunConfig, SftRun, TuneConfig
 
@@ -55,6 +56,13 @@ class Stage:
     def row_tokens(self) -> int:
         """Positions of a row of a batch."""
         return self.settings.train.seq_len * SEQUENCES[self.kind]
+
+    @property
+    def planned(self) -> bool:
+        """Whether `make_plan` knows what is trained: a whole decoder, of a kind it describes."""
+        settings = self.settings
+        adapted = isinstance(settings, TuneConfig) and settings.adapter.name != "none"
+        return not adapted and describes(settings.model)
 
     def read(self, tokenizer: Tokenizer) -> Rows | None:
         """How the sources' records are read; None: as texts."""
@@ -172,7 +180,7 @@ class Preference(Stage):
         return {"reference": key}
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
-        return preference.loss(model, batch, self._config)
+        return preference.loss_and_measures(model, batch, self._config)
 
     def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
         return evaluate_pairs(model, run.held, device=run.device, world=run.world,
@@ -187,12 +195,13 @@ class Reward(Stage):
 
     kind: Kind = "preference"
     settings: RewardRun
+    planned = False
 
     def build(self, decoder: Decoder) -> nn.Module:
         return RewardModel(decoder)
 
     def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
-        return reward.loss(model, batch, self._config)
+        return reward.loss_and_measures(model, batch, self._config)
 
     def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
         return evaluate_pairs(model, run.held, device=run.device, world=run.world,

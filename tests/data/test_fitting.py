@@ -12,7 +12,7 @@ from fastllm.data.fitting import fit
 from fastllm.data.packing import pack
 from fastllm.data.tokenizer import train_bpe
 
-WORDS = "a good answer is short and says what was asked for in plain words".split()
+WORDS = ["a", "good", "answer", "is", "short", "and", "says", "what", "was", "asked", "for", "in", "plain", "words"]
 
 
 @pytest.fixture(scope="module")

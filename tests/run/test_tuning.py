@@ -45,6 +45,8 @@ def test_a_stage_learns_and_resumes_to_the_bit(tmp_path, stage):
     assert summary["finished"] and len(steps) == 6 and [e["step"] for e in evals] == [3, 6]
     assert all(math.isfinite(step["loss"]) for step in steps)
     assert evals[-1]["val_loss"] < evals[0]["val_loss"]
+    if STAGES[stage][0] != "sft":
+        assert {"accuracy", "margin"} <= steps[-1].keys() and steps[-1]["accuracy"] <= 1
     if stage in ("dpo", "dpo-lora"):
         assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert evals[-1]["val_accuracy"] == 1.0 and evals[-1]["val_margin"] > 0
