@@ -77,14 +77,15 @@ class RewardModel(nn.Module):
     @property
     def hf_config(self) -> dict[str, Any]:
         """What config.json says beside, or in place of, the decoder's."""
-        causal = hf.ARCHITECTURES[hf.architecture(self.config)]
+        kind = hf.architecture(self.config)
+        causal = "Gemma3TextForCausalLM" if kind == "gemma3_text" else hf.ARCHITECTURES[kind]
         return {"architectures": [causal.replace("CausalLM", "SequenceClassification")],
                 "num_labels": 1, "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
 
 
 def save_reward(model: RewardModel, folder: str | Path, *, tokenizer: Any = None,
                 dtype: torch.dtype | None = None) -> None:
-    """Write the model as {Llama,Qwen2,Qwen3}ForSequenceClassification with one label.
+    """Write the model as {Llama,Qwen3,...}ForSequenceClassification with one label.
 
     The folder appears whole or not at all. tokenizer: a `Tokenizer`, whose files and ids of bos,
     eos and pad are written too; without it transformers takes one text at a time, as it knows no

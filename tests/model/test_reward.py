@@ -11,8 +11,13 @@ from fastllm.config import UserError
 from fastllm.model import Decoder, ModelConfig, hf
 from fastllm.model.reward import RewardModel, load_reward, save_reward
 
+GEMMA = {"scale_embeddings": True, "rms_norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"}
 CASES = {"Llama": {}, "Llama untied": {"tie_word_embeddings": False},
-         "Qwen2": {"attention_bias": True}, "Qwen3": {"qk_norm": True}}
+         "Qwen2": {"attention_bias": True}, "Qwen3": {"qk_norm": True},
+         "Mistral": {"sliding_window": 7}, "Gemma": GEMMA,
+         "Gemma2": {**GEMMA, "sandwich_norms": True, "attn_logit_softcapping": 2.0,
+                    "final_logit_softcapping": 3.0},
+         "Gemma3Text": {**GEMMA, "sandwich_norms": True, "qk_norm": True}}
 
 
 def make(**changes):
@@ -64,6 +69,8 @@ def test_transformers_gives_the_text_without_its_end_the_same_score(name, tmp_pa
     save_reward(model, tmp_path / "model", tokenizer=Words())
     theirs = theirs_of(tmp_path / "model")
     assert type(theirs).__name__ == f"{name.split()[0]}ForSequenceClassification"
+    values = json.loads((tmp_path / "model" / hf.CONFIG).read_text("utf-8"))
+    assert values["architectures"] == [type(theirs).__name__]
     assert theirs.config.num_labels == 1 and theirs.config.id2label == {0: "REWARD"}
     rows = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts()], batch_first=True)
     with torch.no_grad():
