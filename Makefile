@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt
 # Tests share two cores between processes: one thread each, or they would fight over them.
 TEST   := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: demo test battery sanitize lint type traffic audit bench gpu clean
+.PHONY: demo test battery sanitize lint type traffic audit bench real gpu clean
 
 demo: $(STAMP)
 	$(BIN)/fastllm-train demo
@@ -46,6 +46,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/zero.py
 	$(BIN)/python bench/wire.py
 	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/readme.py
+
+# A real model from PyPI: imported, asked, scored, compared with transformers.
+real: $(STAMP)
+	$(BIN)/python bench/real.py
 	$(BIN)/python bench/readme.py
 
 # Every kernel on this GPU beside its peers, attention over many shapes and 1,000 times over for

@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "distributed.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md"
+                                 for name in ("kernels", "distributed", "finetuning")))
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -296,10 +297,50 @@ def audit() -> str:
                   "shared bytes", "tensor-core", "widest load / store"], rows) + note
 
 
+def real() -> str:
+    """A real model from a GGUF file, and beside transformers."""
+    result = load("cpu-2core/real")
+    theirs = result["transformers"]
+    answer = result["answer"].strip().splitlines()[0]
+    rows = [
+        [f"parameters of {result['model']}", f"{result['parameters']:,}"],
+        [f"\"{result['question']}\"", f"\"{answer}\""],
+        ["nats a token on English prose", f"{result['nats_a_token']:.2f}"],
+        ["the same words shuffled", f"{result['nats_a_token_shuffled']:.2f}"],
+        ["largest difference of a logit from transformers, fp32",
+         f"{theirs['largest_logit_difference']:.1e}"],
+        ["texts with other token ids", str(theirs["texts_with_other_token_ids"])]]
+    return table(["what `make real` prints", ""], rows)
+
+
+def finetune() -> str:
+    """LoRA and DPO of that model: before, after, and what they took."""
+    result = load("cpu-2core/finetune")
+    sft, dpo = result["sft"], result["dpo"]
+
+    def row(part: dict, name: str, key: str, show: Callable[[float], str]) -> list[str]:
+        first, last = (part["evaluations"][place][key] for place in (0, -1))
+        return [name, str(part["steps"][-1]["step"]), show(first), show(last)]
+
+    rows = [row(sft, "LoRA SFT: loss of held-out answers, nats a token", "val_loss",
+                lambda value: f"{value:.3f}"),
+            row(dpo, "DPO: held-out pairs ranked rightly", "val_accuracy",
+                lambda value: f"{value:.1%}"),
+            row(dpo, "DPO: loss of held-out pairs", "val_loss", lambda value: f"{value:.4f}")]
+    pairs = dpo["summary"]["val_pairs"]
+    largest = max(part["transformers_logit_difference"] for part in (sft, dpo))
+    note = (f"\n{pairs} pairs are held out, so that one standard error of an accuracy near a half is "
+            f"{50 / pairs**0.5:.1f} points. At step 0 every pair of DPO is tied, which counts as "
+            "ranked wrongly; "
+            f"logits of the merged folders in transformers differ by at most {largest:.1e}.\n")
+    return table(["", "steps", "before", "after"], rows) + note
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "train": train, "optim": optim, "attention": attention, "zero": zero, "wire": wire,
     "demo": demo, "traffic": traffic, "products": products, "above_floor": above_floor,
-    "memory": memory, "audit": audit, "attention_code": attention_code}
+    "memory": memory, "audit": audit, "attention_code": attention_code, "real": real,
+    "finetune": finetune}
 
 
 def render(text: str) -> str:

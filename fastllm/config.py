@@ -207,10 +207,21 @@ def _shape(cls: type, layer: dict[str, Any], path: tuple[str, ...]) -> dict[str,
             if not isinstance(value, dict):
                 raise UserError(f"{flag('.'.join(here))} is a section: it takes keys, not "
                                 f"'{value}'")
-            shaped[key] = _shape(typing.cast(type, kind), value, here)
+            section = typing.cast(type, kind)
+            shaped[key] = {**_own_defaults(cls, key, section), **_shape(section, value, here)}
         else:
             shaped[key] = _value(kind, value)
     return shaped
+
+
+def _own_defaults(cls: type, key: str, section: type) -> dict[str, Any]:
+    """Where `cls` makes a section with other values than the section's own class does: those. They
+    hold too where a layer sets only some of the section's keys."""
+    spec = next(field for field in dataclasses.fields(cls) if field.name == key)
+    if spec.default_factory in (section, dataclasses.MISSING):
+        return {}
+    made, usual = spec.default_factory(), section()  # type: ignore[misc]
+    return {name: value for name, value in vars(made).items() if value != getattr(usual, name)}
 
 
 def _value(kind: Any, value: Any) -> Any:

@@ -49,7 +49,7 @@ def minimind_sft() -> Layer:
 
 def minimind_lora() -> Layer:
     """`sft`: MiniMind's LoRA, rank 16, on every projection: its own code reaches the square ones
-    alone (q_proj and o_proj), a tenth of what can be adapted."""
+    alone (q_proj and o_proj)."""
     return {
         "adapter": {"name": "lora", "rank": 16, "alpha": 16},
         "train": {"epochs": 10, "batch_size": 32, "seq_len": 340},

@@ -33,6 +33,17 @@ class Run:
     train: Train = field(default_factory=Train)
 
 
+@dataclass(kw_only=True)
+class Evaluation:
+    train: Train = field(default_factory=lambda: Train(batch_size=2, compile=True))
+
+
+def test_a_section_keeps_its_owners_defaults_where_it_is_set_in_part():
+    found = config.build(Evaluation, {"train": {"lr": 0.5, "compile": False}}).train
+    assert (found.batch_size, found.compile, found.lr) == (2, False, 0.5)
+    assert config.build(Evaluation, {}).train.batch_size == 2
+
+
 def build(*arguments: str) -> Run:
     return config.build(Run, config.from_arguments(list(arguments)))
 

@@ -12,7 +12,7 @@ from fastllm.config import UserError
 from fastllm.data.tokenizer import TokenizerConfig, train_bpe
 from fastllm.export import export, export_checkpoint
 from fastllm.model import Decoder, ModelConfig, hf
-from fastllm.run import RunConfig
+from fastllm.run import RunConfig, open_model
 from fastllm.trainer import TrainConfig
 
 TEXT = "def f(x): return x\n  床前明月光，疑是地上霜。 naïve café 1234567"
@@ -97,7 +97,7 @@ def test_the_commands_take_a_run_that_has_checkpoints_alone(tmp_path, capsys):
     commands.export_model(str(run), commands.ExportRun(out=str(tmp_path / "exported")))
     assert content(tmp_path / "exported") == content(expected)
     assert capsys.readouterr().out == f"{tmp_path / 'exported'}\n"
-    opened, _ = commands.open_model(str(run), device=torch.device("cpu"), dtype=torch.float32)
+    opened, _, _ = open_model(str(run), device=torch.device("cpu"), dtype=torch.float32)
     for name, parameter in opened.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name].float())
 

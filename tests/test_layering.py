@@ -14,7 +14,7 @@ LAYERS = [
     {"cpu"},
     {"ops"},
     {"model", "data", "optim", "nn", "dist"},
-    {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export", "quantize",
+    {"adapters", "objectives", "checkpoint", "generate", "evaluate", "export",
      "monitor", "callbacks", "report", "plan", "process", "doctor", "patching", "importing",
      "tasks", "chat"},
     {"run", "trainer"},

@@ -7,12 +7,25 @@ from fastllm.config import UserError
 from fastllm.model import num_parameters
 from fastllm.presets import PRESETS, preset
 
+STAGES = {"minimind-sft": run.SftRun, "minimind-lora": run.SftRun,
+          "minimind-dpo": run.PreferenceRun}
+
 
 def build(name, **changes):
-    return config.build(run.RunConfig, run.complete(config.merge(preset(name), changes)))
+    cls = STAGES.get(name, run.RunConfig)
+    return config.build(cls, run.complete(config.merge(preset(name), changes), cls),
+                        joined=name not in STAGES)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def test_later_stages_keep_what_they_are_known_for():
+    assert build("minimind-sft").optim.lr == 1e-5
+    assert build("minimind-lora").adapter.rank == 16
+    assert build("minimind-dpo").loss.beta == 0.15
+    assert build("minimind-dpo").optim.lr == 1e-6  # not the 4e-8 that leaves the loss at ln 2
+    assert build("minimind-dpo").optim.weight_decay == 0.0  # of the stage, beneath the preset
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in STAGES])
 def test_builds_and_shares_one_vocabulary(name):
     settings = build(name)
     assert settings.tokenizer.vocab_size == settings.model.vocab_size

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastllm.adapters import virtual
 from fastllm.adapters.base import Adapter, Switch
+from fastllm.config import UserError
 from fastllm.model import Decoder
 from fastllm.model.layers import Embedding
 
@@ -122,6 +123,10 @@ class PromptAdapter(Adapter):
         hidden = None
         if config.name == "p-tuning" and encoder:
             hidden = config.encoder_hidden_size or model.config.hidden_size
+        if model.config.scale_embeddings:
+            raise UserError(f"adapter.name {config.name} is not made for models that scale their "
+                            "embeddings, such as Gemma, whose libraries do not agree on the scale "
+                            "of virtual tokens: use prefix or lora")
         base = model.embed_tokens
         self.embedding = made = PromptEmbedding(base, config.virtual_tokens, hidden)
         if hidden is None:

@@ -99,7 +99,8 @@ class Block(nn.Module):
 
 # The costly operators, whatever backend runs them. torch.bmm is not among them on purpose: plain
 # attention is made of it, and its scores (S x S a head) are what checkpointing is there to drop.
-_KEPT = ("::mm", "::addmm", "::linear", "::_linear_pointwise", "attention")
+_KEPT = ("::mm", "::addmm", "::linear", "::_linear_pointwise", "attention",
+         "lora_linear", "quantized_linear")
 
 
 def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from fastllm.config import UserError
 from fastllm.data.collate import Batch
-from fastllm.objectives.sequences import sequence_logprobs
+from fastllm.objectives.sequences import ahead, sequence_logprobs
 
 Name = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
 Positive = Annotated[float, Field(gt=0)]
@@ -222,7 +222,8 @@ def measure(model: Any, batch: Batch, config: PreferenceConfig | None = None
             ) -> dict[str, Tensor]:
     """Sums over the pairs (fp32, 0-d), without gradients; UserError as `loss`.
 
-    loss; accuracy: pairs whose chosen reward is above the rejected one; margin: the difference of
+    loss; accuracy: pairs whose chosen reward is above the rejected one, ties half (all of them are
+    where training begins); margin: the difference of
     the two; chosen_rewards, rejected_rewards; chosen_logps, rejected_logps: of the answers, in
     nats. In judged data accuracy counts answers whose reward is above 0 if desirable and below 0 if
     not, margin adds the rewards of the desirable and subtracts those of the others, and chosen and
@@ -251,7 +252,7 @@ def _sums(scores: Scores, result: Result) -> dict[str, Tensor]:
         nothing = torch.zeros_like(scores.chosen)
         logps = (torch.where(scores.desirable, scores.chosen, nothing),
                  torch.where(scores.desirable, nothing, scores.chosen))
-    return {"accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum(),
+    return {"accuracy": ahead(chosen, rejected), "margin": (chosen - rejected).sum(),
             "chosen_rewards": chosen.sum(), "rejected_rewards": rejected.sum(),
             "chosen_logps": logps[0].sum(), "rejected_logps": logps[1].sum()}
 

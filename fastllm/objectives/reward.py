@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from fastllm.config import UserError
 from fastllm.data.collate import Batch
+from fastllm.objectives.sequences import ahead
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ def loss_and_measures(model: Any, batch: Batch, config: RewardConfig | None = No
     losses, rewards = _losses(model, batch, config or RewardConfig())
     chosen, rejected = rewards.detach().unbind(1)
     return losses.sum(), batch.count, {
-        "accuracy": (chosen > rejected).float().sum(), "margin": (chosen - rejected).sum(),
+        "accuracy": ahead(chosen, rejected), "margin": (chosen - rejected).sum(),
         "chosen_rewards": chosen.sum(), "rejected_rewards": rejected.sum()}
 
 

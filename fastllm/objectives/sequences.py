@@ -36,3 +36,8 @@ def sequence_logprobs(model: Any, batch: Batch, *, chunk_size: int | None = None
     sums = torch.segment_reduce(logp.double(), "sum", offsets=bounds, unsafe=True)
     trained = pad((labels != IGNORE_INDEX).cumsum(0), (1, 0))
     return sums.float(), trained[bounds[1:]] - trained[bounds[:-1]]
+
+
+def ahead(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Of how many pairs (P,) the chosen one is above the rejected one, a tie counting half: 0-d."""
+    return (chosen > rejected).float().sum() + 0.5 * (chosen == rejected).float().sum()

@@ -12,7 +12,8 @@ from fastllm.data.fitting import fit
 from fastllm.data.packing import pack
 from fastllm.data.tokenizer import train_bpe
 
-WORDS = ["a", "good", "answer", "is", "short", "and", "says", "what", "was", "asked", "for", "in", "plain", "words"]
+WORDS = ["a", "good", "answer", "is", "short", "and", "says", "what", "was", "asked", "for", "in",
+         "plain", "words"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_a_sample_with_nothing_to_train_is_named_and_all_of_them_is_an_error(tmp
     assert fitted.documents.tolist() == [0, 2]
     assert any("1 of 3 sequences have no token to train" in note and "rows.jsonl:2" in note
                for note in fitted.notes)
-    with pytest.raises(UserError, match="nothing is left to train on: .*no token to train"):
+    with pytest.raises(UserError, match=r"nothing is left to train on: .*no token to train"):
         fit(prepared.train, 4, prepared.truncation)
 
 

@@ -13,7 +13,9 @@ from fastllm.data.tokenizer import Tokenizer, train_bpe
 from fastllm.export import export
 from fastllm.model import Decoder, ModelConfig
 
-WORDS = ["red", "green", "blue", "white", "black", "north", "south", "east", "west", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "up", "down", "left", "right"]
+WORDS = ["red", "green", "blue", "white", "black", "north", "south", "east", "west", "one", "two",
+         "three", "four", "five", "six", "seven", "eight", "nine", "ten", "up", "down", "left",
+         "right"]
 SHAPE = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 
