@@ -18,6 +18,7 @@ from fastllm.config import UserError
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.files import sync
 from fastllm.model import Decoder, ModelConfig, hf
+from fastllm.model.reward import RewardModel
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # How transformers splits the text of every Qwen2 folder, whatever its tokenizer.json says.
@@ -25,12 +26,13 @@ _QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = None,
+def export(model: Decoder | RewardModel, folder: str | Path, *, tokenizer: Tokenizer | None = None,
            chat_template: str | None = None, dtype: torch.dtype | None = None,
            stop_ids: Collection[int] = ()) -> Path:
     """Write model and tokenizer into `folder`, replacing an earlier export; returns it.
 
-    The architecture follows from the config, such as Llama, Qwen2 (bias) or Qwen3 (QK-norm).
+    A reward model is written with its score in place of the head. The architecture follows from
+    the config, such as Llama, Qwen2 (bias) or Qwen3 (QK-norm).
 
     Args:
         tokenizer: its files, and the ids of its bos, eos and pad; None writes the model alone.
@@ -44,7 +46,7 @@ def export(model: Decoder, folder: str | Path, *, tokenizer: Tokenizer | None = 
     files, and a disk that cannot be written.
     """
     return export_weights(model, model.parameters(), folder, tokenizer, chat_template,
-                   dtype or model.embed_tokens.weight.dtype, stop_ids)
+                   dtype or next(model.parameters()).dtype, stop_ids)
 
 
 def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path, *,
@@ -67,7 +69,7 @@ def export_checkpoint(saved: Checkpoint, config: ModelConfig, folder: str | Path
                    dtype or stored["embed_tokens.weight"].dtype, stop_ids)
 
 
-def export_weights(model: Decoder, weights: Iterable[Tensor], folder: str | Path,
+def export_weights(model: Decoder | RewardModel, weights: Iterable[Tensor], folder: str | Path,
             tokenizer: Tokenizer | None, chat_template: str | None, dtype: torch.dtype,
             stop_ids: Collection[int]) -> Path:
     """`export` of a model whose weights, in the order of its parameters, may lie elsewhere."""

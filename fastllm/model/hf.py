@@ -180,10 +180,11 @@ def save(model: Decoder, folder: str | Path, *, dtype: torch.dtype | None = None
           bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
 
 
-def write(model: Decoder, weights: Iterable[Tensor], folder: str | Path, *, dtype: torch.dtype,
+def write(model: Any, weights: Iterable[Tensor], folder: str | Path, *, dtype: torch.dtype,
           **tokens: Any) -> None:
     """`save` for weights that may lie elsewhere than in `model`, which may be on meta.
 
+    model: a `Decoder` or a `RewardModel`.
     weights: every parameter in the model's order; each is asked for when the one before is written.
     tokens: bos_token_id, eos_token_id and pad_token_id, each an id or None.
     """

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastllm import files
-from fastllm.config import UserError
 from fastllm.model import hf
 from fastllm.model.config import ModelConfig
 from fastllm.model.decoder import Decoder
@@ -81,50 +79,6 @@ class RewardModel(nn.Module):
         causal = "Gemma3TextForCausalLM" if kind == "gemma3_text" else hf.ARCHITECTURES[kind]
         return {"architectures": [causal.replace("CausalLM", "SequenceClassification")],
                 "num_labels": 1, "id2label": {"0": "REWARD"}, "label2id": {"REWARD": 0}}
-
-
-def save_reward(model: RewardModel, folder: str | Path, *, tokenizer: Any = None,
-                dtype: torch.dtype | None = None) -> None:
-    """Write the model as {Llama,Qwen3,...}ForSequenceClassification with one label.
-
-    The folder appears whole or not at all. tokenizer: a `Tokenizer`, whose files and ids of bos,
-    eos and pad are written too; without it transformers takes one text at a time, as it knows no
-    padding. dtype: of the written weights; None means the model's own. Raises UserError for a model
-    that no architecture holds, a tokenizer larger than the model, a folder that holds something
-    and a disk that cannot be written.
-    """
-    target = Path(folder)
-    temporary = target.with_name(f".{target.name}.tmp")
-    whole: Any = model  # hf reads a decoder's attributes, which a reward model has too
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if tokenizer is not None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the "
-                            f"model's vocab_size {model.config.vocab_size}")
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-               "pad_token_id": tokenizer.pad_id}
-    ours = {hf.CONFIG, hf.WEIGHTS, hf.GENERATION, "tokenizer.json", "tokenizer_config.json"}
-    try:
-        there = sorted(path.name for path in target.iterdir()) if target.exists() else []
-        if set(there) - ours:
-            raise UserError(f"{target} holds {min(set(there) - ours)}, which would be removed: "
-                            "name another folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_tree(temporary)
-        files.make_folder(temporary)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        hf.write(whole, model.parameters(), temporary,
-                 dtype=dtype or model.score.weight.dtype, **ids)
-        for path in [*temporary.iterdir(), temporary]:
-            files.sync(path)
-        files.remove_tree(target)
-        files.rename(temporary, target)
-        files.sync(target.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        files.remove_tree(temporary)
 
 
 def load_reward(folder: str | Path, *, dtype: torch.dtype = torch.float32,

@@ -17,7 +17,7 @@ from fastllm.data.rows import SEQUENCES
 from fastllm.evaluate import evaluate, evaluate_pairs, xz_bits_per_byte
 from fastllm.export import export, export_checkpoint
 from fastllm.model import Decoder, flops_per_token
-from fastllm.model.reward import RewardModel, save_reward
+from fastllm.model.reward import RewardModel
 from fastllm.objectives import preference, pretrain, reward, sft
 from fastllm.plan import describes
 from fastllm.run.reference import reference_of
@@ -134,7 +134,7 @@ class Stage:
 
     def export(self, run: "Run", folder: Path) -> None:
         """Write the trained model."""
-        assert isinstance(run.model, Decoder)
+        assert isinstance(run.model, Decoder | RewardModel)
         export(run.model, folder, tokenizer=run.tokenizer, stop_ids=self.stop_ids(run.tokenizer))
 
     def export_stored(self, saved: Checkpoint, folder: Path, tokenizer: Tokenizer) -> None:
@@ -213,16 +213,12 @@ class Reward(Stage):
     def prompts(self, held: EvalSet) -> list[Prompt]:
         return []
 
-    def export(self, run: "Run", folder: Path) -> None:
-        assert isinstance(run.model, RewardModel)
-        save_reward(run.model, folder, tokenizer=run.tokenizer)
-
     def export_stored(self, saved: Checkpoint, folder: Path, tokenizer: Tokenizer) -> None:
         decoder = Decoder(self.settings.model, initialize=False)
         model = self.build(decoder.to(saved.layout["model"]["decoder.embed_tokens.weight"].dtype))
         assert isinstance(model, RewardModel)
         saved.fill("model", dict(model.named_parameters()))
-        save_reward(model, folder, tokenizer=tokenizer)
+        export(model, folder, tokenizer=tokenizer, stop_ids=self.stop_ids(tokenizer))
 
 
 def stage_of(settings: RunConfig) -> Stage:

@@ -7,9 +7,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from fastllm import export as exporting
 from fastllm.config import UserError
+from fastllm.export import export
 from fastllm.model import Decoder, ModelConfig, hf
-from fastllm.model.reward import RewardModel, load_reward, save_reward
+from fastllm.model.reward import RewardModel, load_reward
 
 GEMMA = {"scale_embeddings": True, "rms_norm_offset": 1.0, "hidden_act": "gelu_pytorch_tanh"}
 CASES = {"Llama": {}, "Llama untied": {"tie_word_embeddings": False},
@@ -32,13 +34,15 @@ def make(**changes):
 class Words:
     """A tokenizer as far as an export asks: 64 tokens, the end also pads if told so."""
 
-    bos_id, eos_id, vocab_size = 1, 2, 64
+    bos_id, eos_id, eos_token, vocab_size = 1, 2, "e", 64
 
     def __init__(self, pad_id=0, vocab_size=64):
         self.pad_id, self.vocab_size = pad_id, vocab_size
 
     def save(self, folder):
-        (folder / "tokenizer.json").write_text("{}", "utf-8")
+        splitter = {"pattern": {"Regex": exporting._QWEN2_PATTERN}}
+        (folder / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": splitter}), "utf-8")
+        (folder / "tokenizer_config.json").write_text("{}", "utf-8")
 
 
 def theirs_of(folder):
@@ -66,7 +70,7 @@ def packed_scores(model):
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_gives_the_text_without_its_end_the_same_score(name, tmp_path):
     model = make(**CASES[name])
-    save_reward(model, tmp_path / "model", tokenizer=Words())
+    export(model, tmp_path / "model", tokenizer=Words())
     theirs = theirs_of(tmp_path / "model")
     assert type(theirs).__name__ == f"{name.split()[0]}ForSequenceClassification"
     values = json.loads((tmp_path / "model" / hf.CONFIG).read_text("utf-8"))
@@ -83,7 +87,7 @@ def test_transformers_gives_the_text_without_its_end_the_same_score(name, tmp_pa
 
 def test_an_end_token_that_pads_is_not_read(tmp_path):
     model = make()
-    save_reward(model, tmp_path / "model", tokenizer=Words(pad_id=2))
+    export(model, tmp_path / "model", tokenizer=Words(pad_id=2))
     rows = torch.nn.utils.rnn.pad_sequence(texts(), batch_first=True, padding_value=2)
     with torch.no_grad():
         wanted = theirs_of(tmp_path / "model")(rows).logits.squeeze(-1)
@@ -93,7 +97,7 @@ def test_an_end_token_that_pads_is_not_read(tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_folders_come_back_equal_from_either_side(name, tmp_path):
     model = make(**CASES[name])
-    save_reward(model, tmp_path / "ours")
+    export(model, tmp_path / "ours")
     back = load_reward(tmp_path / "ours")
     assert back.config == hf.read_config(tmp_path / "ours")
     names = dict(model.named_parameters())
@@ -116,12 +120,12 @@ def test_score_is_drawn_from_the_generator():
 
 
 def test_dtype_and_files(tmp_path):
-    save_reward(make(), tmp_path / "model", dtype=torch.bfloat16, tokenizer=Words())
+    export(make(), tmp_path / "model", dtype=torch.bfloat16, tokenizer=Words())
     assert {t.dtype for t in load_file(tmp_path / "model" / hf.WEIGHTS).values()} == {
         torch.bfloat16}
     values = json.loads((tmp_path / "model" / hf.CONFIG).read_text("utf-8"))
     assert (values["dtype"], values["pad_token_id"]) == ("bfloat16", 0)
-    save_reward(make(), tmp_path / "model")  # an earlier export is replaced, all of it
+    export(make(), tmp_path / "model")  # an earlier export is replaced, all of it
     assert not (tmp_path / "model" / "tokenizer.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -129,18 +133,18 @@ def test_dtype_and_files(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(UserError, match=r"holds notes\.txt"):
-        save_reward(make(), tmp_path)
+        export(make(), tmp_path)
     with pytest.raises(UserError, match="65 tokens, more than"):
-        save_reward(make(), tmp_path / "new", tokenizer=Words(vocab_size=65))
+        export(make(), tmp_path / "new", tokenizer=Words(vocab_size=65))
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(UserError, match="cannot write"):
-        save_reward(make(), tmp_path / "file")
+    with pytest.raises(UserError, match="is a file"):
+        export(make(), tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]
 
 
 def test_language_models_and_reward_models_are_not_mistaken(tmp_path):
     model = make()
-    save_reward(model, tmp_path / "reward")
+    export(model, tmp_path / "reward")
     (tmp_path / "model").mkdir()
     hf.save(Decoder(model.config), tmp_path / "model")
     with pytest.raises(UserError, match=r"lacks tensor score\.weight"):
