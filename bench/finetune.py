@@ -31,8 +31,8 @@ from fastllm.cli import main as command
 from fastllm.monitor import environment
 from fastllm.run import open_model
 
-ROWS = 1500
-"""Of GSM8K's train set: more than the steps see."""
+ROWS, PAIRS = 1500, 500
+"""Of the files: more than the steps see, and little enough for one pass of the reference."""
 
 
 def conversations(source: Path, target: Path) -> Path:
@@ -43,6 +43,13 @@ def conversations(source: Path, target: Path) -> Path:
             out.write(json.dumps({"messages": [
                 {"role": "user", "content": row["question"]},
                 {"role": "assistant", "content": row["answer"]}]}, ensure_ascii=False) + "\n")
+    return target
+
+
+def shortened(source: Path, target: Path) -> Path:
+    """The first pairs of a file."""
+    with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
+        out.writelines(line for _, line in zip(range(PAIRS), lines, strict=False))
     return target
 
 
@@ -125,10 +132,11 @@ def main() -> None:
              "train.steps": options.steps, "train.batch-size": 1, "train.seq-len": 512,
              "optim.lr": 5e-4, "data.holdout": 0.04, "eval.every": 50, "eval.on-start": True,
              "resume": True, **common}, "sft")
-        run({"from": work / "sft", "out": work / "dpo", "data.path": options.pairs,
+        run({"from": work / "sft", "out": work / "dpo", "data.path": shortened(
+                options.pairs, work / "pairs.jsonl"),
              "adapter.name": "lora", "adapter.rank": 16, "train.steps": options.dpo_steps,
-             "train.batch-size": 1, "train.seq-len": 512, "optim.lr": 5e-5, "loss.beta": 0.1,
-             "data.holdout": 0.06, "eval.every": 30, "eval.on-start": True, "resume": True,
+             "train.batch-size": 1, "train.seq-len": 512, "optim.lr": 1e-4, "loss.beta": 0.1,
+             "data.holdout": 0.16, "eval.every": 40, "eval.on-start": True, "resume": True,
              **common}, "dpo")
         record: dict[str, Any] = {
             "benchmark": "finetune", "command": " ".join(["python", *sys.argv]),

@@ -102,11 +102,14 @@ def _quality(run: RunFolder) -> list[tuple[str, str, str]]:
         if xz:
             beside = f"xz -9 takes {xz:.3f}" if bpb < xz else f"xz -9 is ahead: {xz:.3f}"
         tiles.append((f"{bpb:.3f}", "bits/byte", beside))
+    ranked = [v for v in run.evals.get("val_accuracy", []) if v is not None]
+    if ranked:
+        tiles.append((f"{ranked[-1]:.1%}", "", "held-out pairs ranked rightly"))
     losses = [v for v in run.evals.get("val_loss", []) if v is not None]
     if losses:
         best = min(losses)
         at = run.evals["step"][run.evals["val_loss"].index(best)]
-        tiles.append((f"{best:.3f}", "nats/token",
+        tiles.append((f"{best:.3f}", f"nats/{_pair_unit(run)}",
                            f"best held-out loss, step {at:,}"))
     train = [v for v in run.steps.get("loss", []) if v is not None]
     if train:
@@ -114,7 +117,7 @@ def _quality(run: RunFolder) -> list[tuple[str, str, str]]:
         tail = train[-count:]
         over = f"training loss, mean of last {count:,} steps" if count > 1 else \
             "training loss, last step"
-        tiles.append((f"{sum(tail) / count:.3f}", "nats/token", over))
+        tiles.append((f"{sum(tail) / count:.3f}", f"nats/{_pair_unit(run)}", over))
     return tiles
 
 
@@ -156,7 +159,9 @@ def _charts(run: RunFolder) -> str:
         return ""
     x = run.steps["step"]
     x_range = x_extent([Series("", x, [])])
-    charts = [_loss_chart(run), _bpb_chart(run)]
+    charts = [_loss_chart(run), _bpb_chart(run),
+              _pairs_chart(run, "accuracy", "Pairs ranked rightly", "%", 100.0),
+              _pairs_chart(run, "margin", "Margin", "reward", 1.0)]
     charts += [_metric_chart(run, *look) for look in (
         ("Learning rate", "lr", "", "blue", False),
         ("Gradient norm", "grad_norm", "", "blue", True),
@@ -192,7 +197,7 @@ def _loss_chart(run: RunFolder) -> Chart:
     if any(v is not None for v in run.evals.get("val_loss", [])):
         series.append(Series("held out", run.evals["step"], run.evals["val_loss"], "orange",
                              "dots"))
-    return Chart("Loss", "nats per token", series, wide=True, top=_loss_top(smoothed),
+    return Chart("Loss", f"nats per {_pair_unit(run)}", series, wide=True, top=_loss_top(smoothed),
                  marks=run.skipped, mark_name="skipped step")
 
 
@@ -213,6 +218,24 @@ def _bpb_chart(run: RunFolder) -> Chart | None:
     return Chart("Held-out text", "bits per byte",
                  [Series("model", run.evals["step"], values, "orange", "dots")],
                  reference=("xz -9 on the same bytes", xz) if xz else None)
+
+
+def _pairs_chart(run: RunFolder, key: str, title: str, unit: str, scale: float) -> Chart | None:
+    """What pairs say beside their loss, in training and held out; None where there are no pairs."""
+    held = [None if v is None else v * scale for v in run.evals.get(f"val_{key}", [])]
+    each = [None if v is None else v * scale for v in run.steps.get(key, [])]
+    if all(v is None for v in held):
+        return None
+    x, half = run.steps["step"], _half_window(len(each))
+    return Chart(title, unit, [
+        Series(f"mean of {2 * half + 1:,} steps" if half else "each step", x, smooth(each, half),
+               "blue", "line" if half else _kind(half, x)),
+        Series("held out", run.evals["step"], held, "orange", "dots")])
+
+
+def _pair_unit(run: RunFolder) -> str:
+    """What a loss is counted in."""
+    return "pair" if any(v is not None for v in run.evals.get("val_accuracy", [])) else "token"
 
 
 def _metric_chart(run: RunFolder, title: str, key: str, unit: str, tone: str,

@@ -214,3 +214,20 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
     path = write_report(folder)
     assert path.stat().st_size < 500_000
     assert "20,000 steps" in Page(path.read_text(encoding="utf-8")).text
+
+
+def test_pairs_have_charts_of_their_own(tmp_path):
+    write_run(tmp_path, 60)
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            line |= {"accuracy": 0.5 + line["step"] / 200, "margin": line["step"] / 100}
+        else:
+            line |= {"val_accuracy": 0.75, "val_margin": 0.5}
+            line.pop("val_bpb", None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    for words in ("Pairs ranked rightly", "Margin", "75.0%", "nats per pair"):
+        assert words in page.text
+    assert "nats per token" not in page.text
