@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastllm import adapters, chat, data, doctor, generate, importing
 from fastllm.config import RunError, UserError
-from fastllm.data import DataConfig, Kind, Prepared, TokenizerConfig
+from fastllm.data import DataConfig, Kind, Prepared, Rows, TokenizerConfig
 from fastllm.data.chat import ChatConfig, ChatEncoder
 from fastllm.evaluate import evaluate
 from fastllm.export import export, export_checkpoint
@@ -27,7 +27,6 @@ from fastllm.run import (
     open_model,
     pick_device,
     prepare_data,
-    rows_of,
     training_dtype,
 )
 from fastllm.run.settings import From
@@ -202,7 +201,7 @@ def _prepared(settings: DataRun) -> Prepared:
         raise UserError(f"--kind {settings.kind} needs --from MODEL or --tokenizer.path: rows are "
                         "read by a tokenizer and its chat template")
     return prepare_data(settings.data, settings.tokenizer, tokenizer=tokenizer,
-                        rows=rows_of(settings.kind, tokenizer, settings.chat))
+                        rows=Rows(settings.kind, tokenizer, settings.chat))
 
 
 def data_prepare(settings: DataRun) -> None:
@@ -241,7 +240,7 @@ def evaluate_model(path: str, settings: EvalRun) -> None:
         _results(settings.out, {"model": path, **answers.to_dict()})
         return
     seq_len = settings.seq_len or min(512, model.config.max_position_embeddings)
-    rows = None if settings.kind == "text" else rows_of(settings.kind, tokenizer, settings.chat)
+    rows = None if settings.kind == "text" else Rows(settings.kind, tokenizer, settings.chat)
     prepared = prepare_data(settings.data, TokenizerConfig(), tokenizer=tokenizer,
                             vocab_size=model.config.vocab_size, rows=rows)
     split = "heldout" if settings.data.holdout else "train"

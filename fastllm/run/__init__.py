@@ -24,8 +24,7 @@ from fastllm.run.setup import (
     prepare_data,
     training_dtype,
 )
-from fastllm.run.stages import rows_of
 
 __all__ = ["DTYPES", "Base", "PreferenceRun", "RewardRun", "Run", "RunConfig", "SftRun",
            "TuneConfig", "complete", "data_progress", "demo", "find_base", "open_folder",
-           "open_model", "pick_device", "prepare_data", "rows_of", "train", "training_dtype"]
+           "open_model", "pick_device", "prepare_data", "train", "training_dtype"]

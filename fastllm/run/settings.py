@@ -63,6 +63,9 @@ class RunConfig:
                              "the other")
         if self.resume and self.out is None:
             raise ValueError("--resume needs --out DIR: the folder of the run to continue")
+        if self.eval.load_best and not self.checkpoint.best:
+            raise ValueError("eval.load-best takes the best checkpoint, and checkpoint.best is "
+                             "false: leave one of them out")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,6 @@ from torch import nn
 from fastllm.checkpoint import Checkpoint
 from fastllm.config import UserError
 from fastllm.data import EvalSet, Kind, Rows, Tokenizer
-from fastllm.data.chat import ChatConfig
 from fastllm.data.collate import Batch
 from fastllm.data.rows import SEQUENCES
 from fastllm.evaluate import evaluate, evaluate_pairs, xz_bits_per_byte
@@ -30,11 +29,6 @@ Prompt = tuple[str, list[int]]
 """What is shown of a prompt, and its tokens."""
 
 
-def rows_of(kind: Kind, tokenizer: Tokenizer, chat: ChatConfig) -> Rows:
-    """How rows of a kind of data are read with a tokenizer."""
-    return Rows(kind, tokenizer, chat)
-
-
 class Stage:
     """Pretraining, and what the others change of it."""
 
@@ -44,8 +38,6 @@ class Stage:
         self.settings = settings
         self._config: Any = settings.loss
         self.rows: Rows | None = None
-        if isinstance(settings, TuneConfig) and settings.dist.zero == 3 and settings.train.compile:
-            raise UserError("train.compile does not go with dist.zero 3")
 
     @property
     def look(self) -> Callable[[list[float]], str | None] | None:
@@ -68,7 +60,7 @@ class Stage:
         """How the sources' records are read; None: as texts."""
         if self.kind != "text":
             assert isinstance(self.settings, TuneConfig)
-            self.rows = rows_of(self.kind, tokenizer, self.settings.chat)
+            self.rows = Rows(self.kind, tokenizer, self.settings.chat)
             # The model is used with the template that it was trained with.
             tokenizer.chat_template = self.rows.encoder.template
         return self.rows
@@ -92,7 +84,9 @@ class Stage:
                         loss=pretrain.loss, world=run.world)
 
     def beside(self, held: EvalSet) -> dict[str, float]:
-        """What the last evaluation is shown beside."""
+        """What the last evaluation is shown beside: a compressor, for texts."""
+        if self.kind != "text":
+            return {}
         return {"xz_bpb": xz_bits_per_byte(held.texts())}
 
     @property
@@ -152,10 +146,6 @@ class Sft(Stage):
     def loss(self, model: Any, batch: Batch) -> tuple[Any, ...]:
         return sft.loss(model, batch, self._config)
 
-    def beside(self, held: EvalSet) -> dict[str, float]:
-        return {}
-
-
 class Preference(Stage):
     """DPO and its kin, on pairs; KTO on judged answers."""
 
@@ -186,10 +176,6 @@ class Preference(Stage):
         return evaluate_pairs(model, run.held, device=run.device, world=run.world,
                               measure=partial(preference.measure, config=self.settings.loss))
 
-    def beside(self, held: EvalSet) -> dict[str, float]:
-        return {}
-
-
 class Reward(Stage):
     """A pairwise reward model."""
 
@@ -206,10 +192,6 @@ class Reward(Stage):
     def evaluate(self, run: "Run", model: Any) -> dict[str, float]:
         return evaluate_pairs(model, run.held, device=run.device, world=run.world,
                               measure=partial(reward.measure, config=self.settings.loss))
-
-    def beside(self, held: EvalSet) -> dict[str, float]:
-        return {}
-
     def prompts(self, held: EvalSet) -> list[Prompt]:
         return []
 

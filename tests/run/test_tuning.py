@@ -223,6 +223,8 @@ def test_a_reward_model_loads_elsewhere(tmp_path):
     ("sft", tuned.chats, {"data.truncation": "error", "train.seq-len": 8},
      ["longer than train.seq-len 8", "chats.jsonl"]),
     ("sft", tuned.chats, {"eval.every": 0, "eval.patience": 2}, ["eval.patience"]),
+    ("sft", tuned.chats, {"eval.load-best": "true", "checkpoint.best": "false"},
+     ["eval.load-best", "checkpoint.best"]),
     ("sft", tuned.chats, {"chat.template": "nothing.jinja"}, ["nothing.jinja"]),
 ])
 def test_mistakes_are_one_line(tmp_path, capsys, verb, make, changes, words):
