@@ -329,10 +329,10 @@ def finetune() -> str:
             row(dpo, "DPO: loss of held-out pairs", "val_loss", lambda value: f"{value:.4f}")]
     pairs = dpo["summary"]["val_pairs"]
     largest = max(part["transformers_logit_difference"] for part in (sft, dpo))
-    note = (f"\n{pairs} pairs are held out, so that one standard error of an accuracy near a half is "
-            f"{50 / pairs**0.5:.1f} points. At step 0 every pair of DPO is tied, which counts as "
-            "ranked wrongly; "
-            f"logits of the merged folders in transformers differ by at most {largest:.1e}.\n")
+    note = (f"\n{pairs} pairs are held out: one standard error of an accuracy near a half is "
+            f"{50 / pairs**0.5:.1f} points. Before the first step every pair is tied, which counts "
+            "half. Logits of the merged folders in transformers differ by at most "
+            f"{largest:.1e}.\n")
     return table(["", "steps", "before", "after"], rows) + note
 
 

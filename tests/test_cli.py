@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["pretain"], ["pretain", "pretrain"]), (["data"], ["data prepare", "data stats"]),
     (["eval"], ["eval needs a model"]), (["generate", "nowhere"], ["no such model", "nowhere"]),
-    (["generate", "."], ["neither a run folder"]), (["tokenizer", "train"], ["--out"]),
+    (["generate", "."], ["is not a model", "checkpoints/"]), (["tokenizer", "train"], ["--out"]),
     (["pretrain", "stray"], ["stray"]), (["pretrain", "--resume"], ["--resume needs --out"]),
 ])
 def test_mistakes_of_other_commands(arguments, words, capsys, tmp_path, monkeypatch):
