@@ -28,11 +28,14 @@ import torch
 
 from fastllm import config
 from fastllm.cli import main as command
+from fastllm.data.chat import ChatConfig, ChatEncoder, Tokens
 from fastllm.monitor import environment
+from fastllm.objectives.sequences import sequence_logprobs
 from fastllm.run import open_model
 
-ROWS, PAIRS = 1500, 500
-"""Of the files: more than the steps see, and little enough for one pass of the reference."""
+ROWS, PAIRS, OTHERS = 1500, 500, 80
+"""Of the files: more than the steps see, and little enough for one pass of the reference; questions
+of later pairs, each asked once."""
 
 
 def conversations(source: Path, target: Path) -> Path:
@@ -83,6 +86,41 @@ def merged_logits(folder: Path) -> float:
         folder / "model", dtype=torch.float32).eval()
     ids = torch.tensor([tokenizer.encode(real.PROSE)])
     return float((ours.logits(ours(ids)) - theirs(ids).logits).abs().max())
+
+
+@torch.no_grad()
+def other_questions(work: Path, source: Path) -> dict[str, Any]:
+    """DPO's model and the one that it began with, on pairs of questions that it was not trained on.
+
+    Several pairs share a question and its solutions, so that the run's own held-out pairs have met
+    them in training. accuracy: pairs whose implicit reward is right; likelier_before and
+    likelier_after: pairs whose right solution is the likelier one.
+    """
+    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
+    known = {row["prompt"] for row in rows[:PAIRS]}
+    others = [row for row in rows[PAIRS:] if row["prompt"] not in known]
+    asked = list({row["prompt"]: row for row in others}.values())
+    sums = []
+    for folder in (work / "sft", work / "dpo"):
+        model, tokenizer, _ = open_model(str(folder), device=torch.device("cpu"),
+                                         dtype=torch.float32)
+        encoder = ChatEncoder(tokenizer, ChatConfig())
+        sums.append([[logprob(model, tokens) for tokens in encoder.pair(row)]
+                     for row in asked[:OTHERS]])
+    before, after = (torch.tensor(each) for each in sums)
+    ratio = after - before
+    margin = ratio[:, 0] - ratio[:, 1]
+    return {"pairs": len(margin), "accuracy": float((margin > 0).float().mean()),
+            "margin": 0.1 * float(margin.mean()),
+            "likelier_before": float((before[:, 0] > before[:, 1]).float().mean()),
+            "likelier_after": float((after[:, 0] > after[:, 1]).float().mean())}
+
+
+def logprob(model: Any, tokens: Tokens) -> float:
+    """Sum over the trained tokens of one sequence."""
+    batch = real.one_document(tokens.ids)
+    batch.labels[0, ~torch.tensor(tokens.trained[1:])] = -100
+    return float(sequence_logprobs(model, batch)[0][0])
 
 
 def plot(record: dict[str, Any], target: Path) -> None:
@@ -138,13 +176,15 @@ def main() -> None:
              "train.batch-size": 1, "train.seq-len": 512, "optim.lr": 1e-4, "loss.beta": 0.1,
              "data.holdout": 0.16, "eval.every": 40, "eval.on-start": True, "resume": True,
              **common}, "dpo")
+        beside = other_questions(work, options.pairs)
         record: dict[str, Any] = {
-            "benchmark": "finetune", "command": " ".join(["python", *sys.argv]),
+            "benchmark": "finetune", "command": real.command_line(),
             "model": Path(base).name, "machine": environment(torch.device("cpu"))}
         for stage in ("sft", "dpo"):
             summary = json.loads((work / stage / "summary.json").read_text("utf-8"))
             record[stage] = {**curves(work / stage), "summary": summary,
                              "transformers_logit_difference": merged_logits(work / stage)}
+        record["dpo"]["other_questions"] = beside
     Path(options.out).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     plot(record, Path(options.plot))
     first, last = (record["sft"]["evaluations"][place]["val_loss"] for place in (0, -1))

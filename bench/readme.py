@@ -322,17 +322,24 @@ def finetune() -> str:
         first, last = (part["evaluations"][place][key] for place in (0, -1))
         return [name, str(part["steps"][-1]["step"]), show(first), show(last)]
 
+    other = dpo["other_questions"]
     rows = [row(sft, "LoRA SFT: loss of held-out answers, nats a token", "val_loss",
                 lambda value: f"{value:.3f}"),
-            row(dpo, "DPO: held-out pairs ranked rightly", "val_accuracy",
+            ["DPO: pairs of other questions ranked rightly", str(dpo["steps"][-1]["step"]),
+             "50.0%", f"{other['accuracy']:.1%}"],
+            ["DPO: pairs of other questions whose right solution is the likelier one",
+             str(dpo["steps"][-1]["step"]), f"{other['likelier_before']:.1%}",
+             f"{other['likelier_after']:.1%}"],
+            row(dpo, "DPO: held-out pairs, questions shared with trained ones", "val_accuracy",
                 lambda value: f"{value:.1%}"),
-            row(dpo, "DPO: loss of held-out pairs", "val_loss", lambda value: f"{value:.4f}")]
-    pairs = dpo["summary"]["val_pairs"]
+            row(dpo, "DPO: loss of those", "val_loss", lambda value: f"{value:.4f}")]
+    pairs = other["pairs"]
     largest = max(part["transformers_logit_difference"] for part in (sft, dpo))
-    note = (f"\n{pairs} pairs are held out: one standard error of an accuracy near a half is "
+    note = (f"\nOf {pairs} other questions, each asked once, one standard error is up to "
             f"{50 / pairs**0.5:.1f} points. Before the first step every pair is tied, which counts "
-            "half. Logits of the merged folders in transformers differ by at most "
-            f"{largest:.1e}.\n")
+            "half; the held-out pairs of the run have met their questions and solutions in other "
+            "pairs, so that they flatter. Logits of the merged folders in transformers differ by "
+            f"at most {largest:.1e}.\n")
     return table(["", "steps", "before", "after"], rows) + note
 
 

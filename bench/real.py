@@ -90,6 +90,12 @@ def beside_transformers(folder: Path, model, tokenizer) -> dict[str, float]:
     return {"largest_logit_difference": largest, "texts_with_other_token_ids": other_ids}
 
 
+def command_line() -> str:
+    """This command, without the folders of this machine."""
+    return " ".join(["python", *(Path(word).name if word.startswith("/") else word
+                                 for word in sys.argv)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", help="the file, where it is there already")
@@ -105,7 +111,7 @@ def main() -> None:
         shuffled = PROSE.split()
         order = torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(0))
         record = {
-            "benchmark": "real", "command": " ".join(["python", *sys.argv]), "model": source.name,
+            "benchmark": "real", "command": command_line(), "model": source.name,
             "parameters": sum(p.numel() for p in model.parameters()),
             "question": QUESTION, "answer": answer,
             "nats_a_token": nats_a_token(model, tokenizer.encode(PROSE)),

@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
 
 def load_reward(folder: str | Path, *, dtype: torch.dtype = torch.float32,
                 device: torch.device | str = "cpu") -> RewardModel:
-    """The `RewardModel` in a folder of `save_reward`, or one of transformers' with one label.
+    """The `RewardModel` in a folder that we exported, or one of transformers' with one label.
 
     dtype: of the weights. Raises UserError naming tensor and file, as for a folder of a language
     model, which has no score.weight.

@@ -1,5 +1,6 @@
 """The order of the rows is one, whoever asks for it: workers, ranks, a resumed run."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_rank_outside_the_world(prepared):
 
 def test_an_error_in_a_worker_reaches_the_caller(prepared):
     stream = loader(prepared, num_workers=1)
+    stream.packed.dataset = copy.copy(stream.packed.dataset)  # others read the one it is of
     stream.packed.dataset.tokens = stream.packed.dataset.tokens[:3]
     with pytest.raises(IndexError):
         next(stream)

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastllm.export import export
 from fastllm.model import hf
-from fastllm.model.reward import RewardModel, save_reward
+from fastllm.model.reward import RewardModel
 from fastllm.objectives import preference, reward
 from fastllm.objectives.preference import PreferenceConfig
 from fastllm.objectives.reward import RewardConfig
@@ -197,7 +198,7 @@ def test_reward(make_model, make_batch, texts, tmp_path, coefficient):
     model = RewardModel(make_model(), generator=torch.Generator().manual_seed(1)).train()
     batch = make_batch()
     theirs = theirs_of(model, tmp_path / "a", transformers.AutoModelForSequenceClassification,
-                       save_reward)
+                       export)
     theirs.config.pad_token_id = 0
     trainer = bare(RewardTrainer, model=theirs, args=SimpleNamespace(
         center_rewards_coefficient=coefficient or None))
