@@ -380,8 +380,11 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) @ weight (O, I)^T + bias, as F.linear, by the fastest exact matmul of this CPU.
 
-    Only fp32 outside of autocast takes another way than F.linear, see `matmul_backend`.
+    Only fp32 outside of autocast takes another way than F.linear, see `matmul_backend`; and not
+    under torch.compile, whose inductor takes oneDNN's product for one of its own making.
     """
+    if torch.compiler.is_compiling():
+        return functional.linear(x, weight, bias)
     exact = (x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
              and weight.numel() > 0 and not torch.is_autocast_enabled("cpu"))
     if not exact or matmul_backend()[0] != "onednn":

@@ -61,6 +61,18 @@ def test_a_stage_learns_and_resumes_to_the_bit(tmp_path, stage):
     assert last_hash(part) == last_hash(tmp_path / "run")
 
 
+@pytest.mark.battery
+def test_compiled_steps_are_the_steps(tmp_path):
+    """torch.compile with its own code generator, which takes a while."""
+    data = tuned.chats(tmp_path)
+    tuned.run("sft", tmp_path, data, **{"train.steps": 3})
+    tuned.run("sft", tmp_path, data, out=tmp_path / "compiled",
+              **{"train.steps": 3, "train.compile": "true"})
+    plain, compiled = (tuned.metrics(tmp_path / name)[0] for name in ("run", "compiled"))
+    assert [step["loss"] for step in compiled] == pytest.approx(
+        [step["loss"] for step in plain], rel=1e-4)
+
+
 def test_sft_overfits_what_it_sees(tmp_path):
     """32 conversations: the loss of their answers goes to nothing."""
     data = tuned.chats(tmp_path, 32)
