@@ -1,7 +1,6 @@
 """What the commands other than training do: data, tokenizer, import, eval, generate, chat, merge,
 export, info."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from fastllm.run import (
     training_dtype,
 )
 from fastllm.run.settings import From
+from fastllm.run.setup import write_json
 from fastllm.tasks import TaskConfig, run_task
 
 _PROBE = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2; def f(x): return x"
@@ -263,7 +263,7 @@ def _results(target: str | None, result: dict[str, Any]) -> None:
     if target is not None:
         place = Path(target)
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        write_json(place, result)
 
 
 def generate_from_model(path: str, settings: GenerateRun) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllm.config import UserError
+
 CHUNK = 1 << 22
 """Bytes that are in the host's memory at once while tensors go to a file or come from one."""
 _LONGEST_HEADER = 100_000_000  # that of the safetensors library
@@ -194,3 +196,16 @@ def _blocks(first: bytes, data: Iterable[Tensor]) -> Iterator[Any]:
     for tensor in data:
         for block in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
             yield block.cpu().numpy().data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, naming it, where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values

@@ -5,7 +5,6 @@ no padding, so a prompt's logits are those it would have alone. Each prompt draw
 generator, seeded by (seed, its place in the list): its text does not depend on its neighbours.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,6 +16,7 @@ from torch import Tensor
 from fastllm.config import UserError
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.model import Decoder, KVCache
+from fastllm.model.init import generator_of
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateC
     try:
         for places in _batches(lengths.values(), batch_size):
             rows = [list(prompts[place]) for place in places]
-            draws = [_generator(config.seed, place) for place in places]
+            draws = [generator_of(f"{config.seed}/{place}") for place in places]
             cache = _cache(model, len(rows), len(rows[0]) + config.max_new_tokens)
             ended = [False] * len(rows)
             for tokens in _steps(model, rows, draws, config, cache, ended):
@@ -96,7 +96,8 @@ def stream(model: Decoder, prompt: Sequence[int], config: GenerateConfig | None 
     model.eval()
     try:
         rows, ended = [list(prompt[max(cache.length - model.virtual_tokens, 0):])], [False]
-        for (token,) in _steps(model, rows, [_generator(config.seed, place)], config, cache, ended):
+        draws = [generator_of(f"{config.seed}/{place}")]
+        for (token,) in _steps(model, rows, draws, config, cache, ended):
             ended[0] = token in eos_token_ids
             yield token
     finally:
@@ -177,11 +178,6 @@ def _steps(model: Decoder, rows: list[list[int]], draws: list[torch.Generator],
         if all(ended):
             return
         ids = chosen.unsqueeze(-1)
-
-
-def _generator(seed: int, place: int) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _check(model: Decoder, prompts: Sequence[Sequence[int]], config: GenerateConfig) -> None:

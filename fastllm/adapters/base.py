@@ -5,7 +5,6 @@ theirs. First values are drawn from a generator a parameter, seeded by seed and 
 fp32: they depend neither on order nor on device.
 """
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastllm.adapters import storage
 from fastllm.adapters.config import AdapterConfig
 from fastllm.config import UserError
 from fastllm.model import Decoder
+from fastllm.model.init import generator_of
 
 
 class Switch(nn.Module):
@@ -146,8 +146,7 @@ class Adapter:
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator that follows from the seed and the name."""
-        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
-        return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        return generator_of(f"{self.seed}/{name}")
 
     @property
     def like(self) -> Tensor:

@@ -74,7 +74,7 @@ def base_of(folder: str | Path) -> str:
     Raises UserError where the folder does not say.
     """
     path = Path(folder) / CONFIG
-    base = _read_json(path).get("base_model_name_or_path")
+    base = files.read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path does not name the adapter's model: "
                         "write its path there")
@@ -87,7 +87,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
     Raises UserError, naming the file and the field, for a method or an option that there is not.
     """
     path = Path(folder) / CONFIG
-    values = _read_json(path)
+    values = files.read_json(path)
 
     def refuse(why: str) -> NoReturn:
         raise UserError(f"{path}: {why}")
@@ -187,15 +187,3 @@ def _metadata(folder: str | Path) -> dict[str, str]:
         return files.read_slots(path)[1]
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values

@@ -57,7 +57,7 @@ def fit(dataset: TokenDataset, seq_len: int, truncation: Truncation) -> Fitted:
             lengths = np.minimum(lengths, seq_len + 1)
             notes.append(f"{said}: {cut:,} tokens at their ends are cut (data.truncation "
                          "truncate)")
-    bare = keep & (_trained(dataset, lengths) == 0) if dataset.trained is not None \
+    bare = keep & (dataset.trained_in(lengths) == 0) if dataset.trained is not None \
         else keep & (lengths < 2) & (dataset.group > 1)
     if bare.any():
         notes.append(f"{int(bare.sum()):,} of {len(lengths):,} sequences have no token to train "
@@ -68,15 +68,6 @@ def fit(dataset: TokenDataset, seq_len: int, truncation: Truncation) -> Fitted:
     if len(keep) and not keep.any():
         raise UserError(f"nothing is left to train on: {'; '.join(notes)}")
     return Fitted(dataset.starts[keep], lengths[keep], dataset.indices[keep], tuple(notes))
-
-
-def _trained(dataset: TokenDataset, lengths: np.ndarray) -> np.ndarray:
-    """Labels of each document that are trained, in its first `lengths` tokens."""
-    assert dataset.trained is not None
-    borders = np.stack([dataset.starts + 1, dataset.starts + np.maximum(lengths, 2)], 1).reshape(-1)
-    # reduceat wants every border inside: one more number, for a document that ends the file.
-    sums = np.add.reduceat(np.append(dataset.trained, 0), borders, dtype=np.int64)[::2]
-    return np.where(lengths < 2, 0, sums)
 
 
 def _places(dataset: TokenDataset, which: np.ndarray) -> str:

@@ -146,10 +146,18 @@ class TokenDataset:
     @property
     def num_trained(self) -> int:
         """Labels that are trained: the first token of a document never is one."""
+        return int(self.trained_in(self.lengths).sum())
+
+    def trained_in(self, lengths: np.ndarray) -> np.ndarray:
+        """Labels of each document that are trained in its first `lengths` (N,) tokens: (N,)."""
         if self.trained is None:
-            return int(np.maximum(self.lengths - 1, 0).sum())
-        return int(sum(np.count_nonzero(self.trained[start + 1:start + length]) for start, length
-                       in zip(self.starts.tolist(), self.lengths.tolist(), strict=True)))
+            return np.maximum(lengths - 1, 0)
+        borders = np.stack([self.starts + 1, self.starts + np.maximum(lengths, 2)], 1).reshape(-1)
+        if not len(borders):
+            return np.zeros(0, dtype=np.int64)
+        # reduceat wants every border inside: one more number, for a document that ends the file.
+        sums = np.add.reduceat(np.append(self.trained, 0), borders, dtype=np.int64)[::2]
+        return np.where(lengths < 2, 0, sums)
 
     @property
     def num_bytes(self) -> int:

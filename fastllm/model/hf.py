@@ -42,7 +42,7 @@ def hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 def read_config(folder: str | Path) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face folder."""
     path = Path(folder) / CONFIG
-    return config_from_hf(_read_json(path), str(path))
+    return config_from_hf(files.read_json(path), str(path))
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None,
@@ -54,7 +54,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None,
         changes: fields of `ModelConfig` that config.json cannot say, such as dropout and recompute.
     """
     path = Path(folder) / CONFIG
-    values = _read_json(path)
+    values = files.read_json(path)
     config = dataclasses.replace(config_from_hf(values, str(path)), **changes)
     if dtype is None:
         named = values.get("dtype", values.get("torch_dtype")) or "float32"
@@ -138,19 +138,19 @@ def indexed_files(index: Path) -> list[tuple[Path, set[str]]]:
 
     Raises UserError for an index without them, one that leaves its folder, and a missing file.
     """
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: has no weight_map")
-    files: dict[str, set[str]] = {}
+    held: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index}: '{name}' is not the name of a file beside it")
-        files.setdefault(name, set()).add(tensor)
-    for name in files:
+        held.setdefault(name, set()).add(tensor)
+    for name in held:
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent / name}: named by {index.name}, but there is no such "
                             "file")
-    return [(index.parent / name, tensors) for name, tensors in sorted(files.items())]
+    return [(index.parent / name, tensors) for name, tensors in sorted(held.items())]
 
 
 def is_derived(name: str) -> bool:
@@ -163,7 +163,7 @@ def stop_tokens(folder: str | Path) -> list[int]:
     path = Path(folder) / GENERATION
     if not path.is_file():
         return []
-    named = _read_json(path).get("eos_token_id")
+    named = files.read_json(path).get("eos_token_id")
     return [] if named is None else [int(token) for token in
                                      (named if isinstance(named, list) else [named])]
 
@@ -196,18 +196,6 @@ def write(model: Any, weights: Iterable[Tensor], folder: str | Path, *, dtype: t
                             (weight.detach().to("cpu", dtype) for weight in weights))
     _write_json(folder / CONFIG, config)
     _write_json(folder / GENERATION, {"_from_model_config": True, **tokens})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -87,9 +87,13 @@ def filler(model: nn.Module, generator: torch.Generator | None = None
     return fill
 
 
-def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
+def generator_of(key: str) -> torch.Generator:
+    """A CPU generator that follows from a text, such as a seed and a name."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _fill_normal(tensor: Tensor, std: float, key: str) -> None:
     # Drawn on the CPU in fp32 and then rounded or moved: every device and dtype starts alike.
     values = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-    tensor.copy_(values.normal_(0.0, std, generator=generator))
+    tensor.copy_(values.normal_(0.0, std, generator=generator_of(key)))

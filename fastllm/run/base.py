@@ -1,6 +1,5 @@
 """The model that a command begins with: a run, a Hugging Face folder, an adapter or a GGUF file."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fastllm.checkpoint import Checkpoint, digest, newest
 from fastllm.config import UserError
 from fastllm.data import Tokenizer
 from fastllm.data.once import made_once
+from fastllm.data.sources import FileHashes
 from fastllm.model import Decoder, ModelConfig, hf
 
 ADAPTER = "adapter_config.json"
@@ -104,10 +104,11 @@ def weights_hash(model: nn.Module) -> str:
 
 def _imported(path: Path) -> Path:
     """The Hugging Face folder of a GGUF file, in the cache."""
-    with path.open("rb") as stream:
-        key = hashlib.file_digest(stream, "sha256").hexdigest()[:24]
-    folder = config.cache_folder() / "models" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    cache = config.cache_folder() / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    hashes = FileHashes(cache / "files.json")
+    folder = cache / hashes.of(path, lambda _: None)[:24]
+    hashes.save()
 
     def fault(place: Path) -> str | None:
         return None if (place / "model" / hf.CONFIG).is_file() else "absent"

@@ -157,7 +157,7 @@ class Run:
         self.settings, self.folder, self.device, self.prepared = settings, folder, device, prepared
         self.dtype, self.world, self.stage = dtype, world, stage or stage_of(settings)
         self.tokenizer = prepared.tokenizer
-        if self.stage.rows:  # the prepared folder's own knows no template
+        if self.stage.rows:  # the model is used with the template that it was trained with
             self.tokenizer.chat_template = self.stage.rows.encoder.template
         train, dist = settings.train, settings.dist
         torch.manual_seed(train.seed)

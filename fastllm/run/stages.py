@@ -61,8 +61,6 @@ class Stage:
         if self.kind != "text":
             assert isinstance(self.settings, TuneConfig)
             self.rows = Rows(self.kind, tokenizer, self.settings.chat)
-            # The model is used with the template that it was trained with.
-            tokenizer.chat_template = self.rows.encoder.template
         return self.rows
 
     def build(self, decoder: Decoder) -> nn.Module:

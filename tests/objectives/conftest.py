@@ -121,3 +121,20 @@ def plain_logprobs():
             sums.append(total)
         return sums
     return measure
+
+
+@pytest.fixture
+def assert_like_truth():
+    """Check a loss of four pairs, (value, count), and its gradients against an fp64 model's."""
+    def check(model, found, truth, losses):
+        value, count = found
+        losses.sum().backward()
+        assert (value.shape, value.dtype, count) == ((), torch.float32, 4)
+        torch.testing.assert_close(value.double(), losses.sum().detach(), rtol=1e-5, atol=1e-5)
+        value.backward()
+        for ours, theirs in zip(model.parameters(), truth.parameters(), strict=True):
+            scale = float(theirs.grad.abs().max())
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4,
+                                       atol=2e-5 * scale)
+
+    return check

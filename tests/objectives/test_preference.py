@@ -66,21 +66,13 @@ def complete(make_batch, config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_value_and_gradients_equal_the_papers(make_model, make_batch, texts, plain_logprobs,
-                                              config):
+                                              assert_like_truth, config):
     model, batch = make_model(), complete(make_batch, config)
     truth = copy.deepcopy(model).double()
     sums = plain_logprobs(truth, texts)
     lengths = [len(text.ids) - text.prompt for text in texts]
     losses, chosen, rejected = by_hand(sums, lengths, config)
-    losses.sum().backward()
-
-    value, count = loss(model, batch, config)
-    assert (value.shape, value.dtype, count) == ((), torch.float32, 4)
-    torch.testing.assert_close(value.double(), losses.sum().detach(), rtol=1e-5, atol=1e-5)
-    value.backward()
-    for ours, theirs in zip(model.parameters(), truth.parameters(), strict=True):
-        scale = float(theirs.grad.abs().max())
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-5 * scale)
+    assert_like_truth(model, loss(model, batch, config), truth, losses)
 
     measured = measure(model, batch, config)
     kto = config.name == "kto"
