@@ -3,7 +3,8 @@
 The interpreter stores bfloat16 as raw uint16 bits and lets numpy work on them as integers:
 products, sums and dots are garbage, and casts from float32 truncate. Here such operands are
 widened to float32, computed, and rounded to nearest even once, as the hardware does. Python
-floats reach a kernel as float32 scalars, and a one-element array can be a loop bound.
+floats reach a kernel as float32 scalars, and a one-element array can be a loop bound. Accesses
+outside of tensors are refused, see `_bounds`.
 """
 
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+
+from fastllm.kernels import _bounds
 
 Handle = interpreter.TensorHandle
 Builder = interpreter.InterpreterBuilder
@@ -147,3 +150,4 @@ def install() -> None:
     _mend_casts()
     _mend_arithmetic()
     _mend_launches()
+    _bounds.install()

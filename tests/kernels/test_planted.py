@@ -20,6 +20,9 @@ BUGS = [
      "@jit\ndef _backward_kernel",
      "tl.store(out + row * columns + column, (value * u).to(out.dtype.element_ty))\n\n\n"
      "@jit\ndef _backward_kernel"),
+    ("mask dropped from a load", "dropout.py", "test_all: dropout-triton and shapes",
+     "value = tl.load(x + row * x_stride + column * x_step, mask=mask, other=0.0)",
+     "value = tl.load(x + row * x_stride + column * x_step)"),
     ("mask reads one column too many", "_norms.py", "test_all: rms_norm-triton and shapes",
      "    column = tl.arange(0, BLOCK)[None, :]\n    inside = column < hidden\n"
      "    if weight is not None:",
@@ -135,8 +138,7 @@ def test_the_suite_catches(house, wrong, file, tests, before, after):
     path = house / "kernels" / file
     path.write_text(path.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
     done = suite(house, tests)
-    # Writing where it must not, a kernel may also bring the process down by a signal.
-    caught = done.returncode < 0 or (done.returncode == 1 and "FAILED" in done.stdout)
+    caught = done.returncode == 1 and "FAILED" in done.stdout
     assert caught, f"{done.returncode}, not caught: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 

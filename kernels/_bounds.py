@@ -1,0 +1,138 @@
+"""Bounds of every access in Triton's interpreter: what compute-sanitizer's memcheck is to a GPU.
+
+A lane that is switched on must lie inside a tensor that the launch was given, or inside a living
+one whose address stands in a table that it was given (of int64). Any other load, store or atomic
+raises an IndexError that names the kernel, the program and the nearest tensor, before memory is
+touched; on a GPU it would corrupt another tensor in silence, or end the process.
+
+A tensor's extent runs from its first element to its last: a view that is not contiguous covers
+what lies between its elements, too.
+"""
+
+import gc
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+
+Builder, Executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+
+
+class Extent(NamedTuple):
+    """Addresses [first, end) of a tensor."""
+
+    first: int
+    end: int
+    name: str
+
+
+def _extent(tensor: Tensor, name: str) -> Extent:
+    if not tensor.numel():
+        return Extent(tensor.data_ptr(), tensor.data_ptr(), name)
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return Extent(tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size(),
+                  f"{name} {tuple(tensor.shape)} {str(tensor.dtype)[6:]}")
+
+
+class _Launch:
+    """What one launch may touch."""
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.extents: list[Extent] = []
+        self.tables: list[Tensor] = []
+
+    def give(self, name: str, argument: Any) -> None:
+        """Adds the tensors of an argument."""
+        if isinstance(argument, tuple):
+            for i, part in enumerate(argument):
+                self.give(f"{name}[{i}]", part)
+        elif isinstance(argument, interpreter.TensorDescriptor):
+            self.give(name, argument.base)
+        elif hasattr(argument, "data_ptr"):
+            tensor = interpreter._unwrap_tensor(argument)
+            self.extents.append(_extent(tensor, name))
+            if tensor.dtype == torch.int64:
+                self.tables.append(tensor)
+
+    def check(self, pointers: Any, mask: Any, kind: str) -> None:
+        addresses = pointers.data
+        active = True if mask is None else mask.data
+        low = int(np.min(addresses, initial=np.iinfo(np.uint64).max, where=active))
+        high = int(np.max(addresses, initial=0, where=active))
+        if low > high:  # every lane is off
+            return
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        if any(first <= low and high + size <= end for first, end, _ in self.extents):
+            return
+        if self.tables:
+            self._look_up()
+        for address in addresses[np.broadcast_to(active, addresses.shape)].ravel().tolist():
+            if not any(first <= address and address + size <= end
+                       for first, end, _ in self.extents):
+                self._refuse(address, size, kind)
+
+    def _look_up(self) -> None:
+        """Adds the living tensors whose addresses the tables hold, once."""
+        wanted = {address for table in self.tables for address in table.flatten().tolist()}
+        self.tables.clear()
+        for thing in gc.get_objects():
+            if issubclass(type(thing), Tensor) and _address(thing) in wanted:
+                self.extents.append(_extent(thing, "a tensor in a table"))
+
+    def _refuse(self, address: int, size: int, kind: str) -> None:
+        where = f"{self.kernel}, program {tuple(interpreter.interpreter_builder.grid_idx)}: " \
+            f"{kind} of {size} bytes outside of every tensor"
+        if not self.extents:
+            raise IndexError(f"{where}: the kernel was given none")
+        # A pointer of one tensor never lies before it by less than behind another but by chance.
+        near = min(self.extents, key=lambda extent: min(abs(address - extent.first),
+                                                        abs(address + size - extent.end)))
+        beside = f"{near.first - address} bytes before the first element" \
+            if address < near.first else f"{address - near.end} bytes past the last element"
+        raise IndexError(f"{where}, {beside} of {near.name}; is a mask missing?")
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's first element in the host's memory; 0 where it has none."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return 0
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a fake or functional tensor
+        return 0
+
+
+_launch = _Launch("no launch")
+
+
+def _checked(name: str, pointers: int, mask: int | None, kind: str) -> None:
+    """Wraps a builder method; the places of the pointers and the mask in its arguments."""
+    stock = getattr(Builder, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _launch.check(args[pointers], None if mask is None else args[mask], kind)
+        return stock(self, *args, **kwargs)
+
+    setattr(Builder, name, method)
+
+
+def install() -> None:
+    """Check every access of every launch from now on. Call it once a process."""
+    stock = Executor._init_args_hst
+
+    def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
+        global _launch
+        given, named = stock(self, args, kwargs)
+        _launch = _Launch(self.fn.__name__)
+        for name, argument in [*zip(self.arg_names, given, strict=False), *named.items()]:
+            _launch.give(name, argument)
+        return given, named
+
+    Executor._init_args_hst = init_args_hst
+    _checked("create_masked_load", 0, 1, "a load")
+    _checked("create_masked_store", 0, 2, "a store")
+    _checked("create_atomic_rmw", 1, 3, "an atomic")
+    _checked("create_atomic_cas", 0, None, "an atomic")
