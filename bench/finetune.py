@@ -4,16 +4,16 @@ SmolLM2-135M-Instruct (see bench/real.py) on grade-school mathematics (GSM8K, MI
 
     1. `sft`, LoRA on every projection, on questions and answers: held-out loss before and after;
        the merged folder is loaded in transformers and its logits compared.
-    2. `dpo` of the result on pairs of a right and a wrong solution: held-out accuracy before and
-       after.
+    2. `dpo` of the result on pairs of a right solution, by the strongest of four models, and a
+       wrong one, by the weakest: one pair a question, so that no held-out question is trained on.
 
 Questions of the pairs are of GSM8K's test set, and those of the fine-tuning of its train set.
 
     python bench/finetune.py --gsm8k train.jsonl --pairs pairs.jsonl [--gguf FILE]
-        [--steps 200] [--dpo-steps 120] [--out bench/results/cpu-2core/finetune.json]
+        [--steps 200] [--dpo-steps 240] [--out bench/results/cpu-2core/finetune.json]
 
 train.jsonl: rows of question and answer (github.com/openai/grade-school-math). pairs.jsonl: rows of
-prompt, chosen and rejected.
+prompt, chosen, rejected, chosen_model and rejected_model (of that project's model solutions).
 """
 
 import argparse
@@ -28,14 +28,13 @@ import torch
 
 from fastllm import config
 from fastllm.cli import main as command
-from fastllm.data.chat import ChatConfig, ChatEncoder, Tokens
 from fastllm.monitor import environment
-from fastllm.objectives.sequences import sequence_logprobs
 from fastllm.run import open_model
 
-ROWS, PAIRS, OTHERS = 1500, 500, 80
-"""Of the files: more than the steps see, and little enough for one pass of the reference; questions
-of later pairs, each asked once."""
+ROWS = 1500
+"""Of train.jsonl: more than the steps see."""
+STRONGEST, WEAKEST = "175b_verification", "6b_finetuning"
+"""Models whose solutions are compared, by their names in the pairs."""
 
 
 def conversations(source: Path, target: Path) -> Path:
@@ -49,10 +48,13 @@ def conversations(source: Path, target: Path) -> Path:
     return target
 
 
-def shortened(source: Path, target: Path) -> Path:
-    """The first pairs of a file."""
+def contrasted(source: Path, target: Path) -> Path:
+    """The pairs of the strongest model's right solution and the weakest model's wrong one."""
     with source.open(encoding="utf-8") as lines, target.open("w", encoding="utf-8") as out:
-        out.writelines(line for _, line in zip(range(PAIRS), lines, strict=False))
+        for line in lines:
+            row = json.loads(line)
+            if (row["chosen_model"], row["rejected_model"]) == (STRONGEST, WEAKEST):
+                out.write(line)
     return target
 
 
@@ -88,41 +90,6 @@ def merged_logits(folder: Path) -> float:
     return float((ours.logits(ours(ids)) - theirs(ids).logits).abs().max())
 
 
-@torch.no_grad()
-def other_questions(work: Path, source: Path) -> dict[str, Any]:
-    """DPO's model and the one that it began with, on pairs of questions that it was not trained on.
-
-    Several pairs share a question and its solutions, so that the run's own held-out pairs have met
-    them in training. accuracy: pairs whose implicit reward is right; likelier_before and
-    likelier_after: pairs whose right solution is the likelier one.
-    """
-    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
-    known = {row["prompt"] for row in rows[:PAIRS]}
-    others = [row for row in rows[PAIRS:] if row["prompt"] not in known]
-    asked = list({row["prompt"]: row for row in others}.values())
-    sums = []
-    for folder in (work / "sft", work / "dpo"):
-        model, tokenizer, _ = open_model(str(folder), device=torch.device("cpu"),
-                                         dtype=torch.float32)
-        encoder = ChatEncoder(tokenizer, ChatConfig())
-        sums.append([[logprob(model, tokens) for tokens in encoder.pair(row)]
-                     for row in asked[:OTHERS]])
-    before, after = (torch.tensor(each) for each in sums)
-    ratio = after - before
-    margin = ratio[:, 0] - ratio[:, 1]
-    return {"pairs": len(margin), "accuracy": float((margin > 0).float().mean()),
-            "margin": 0.1 * float(margin.mean()),
-            "likelier_before": float((before[:, 0] > before[:, 1]).float().mean()),
-            "likelier_after": float((after[:, 0] > after[:, 1]).float().mean())}
-
-
-def logprob(model: Any, tokens: Tokens) -> float:
-    """Sum over the trained tokens of one sequence."""
-    batch = real.one_document(tokens.ids)
-    batch.labels[0, ~torch.tensor(tokens.trained[1:])] = -100
-    return float(sequence_logprobs(model, batch)[0][0])
-
-
 def plot(record: dict[str, Any], target: Path) -> None:
     """The curves as one picture."""
     import matplotlib
@@ -155,7 +122,7 @@ def main() -> None:
     parser.add_argument("--pairs", required=True, type=Path)
     parser.add_argument("--gguf", help="the model's file, where it is there already")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--dpo-steps", type=int, default=120)
+    parser.add_argument("--dpo-steps", type=int, default=240)
     parser.add_argument("--work", help="folder for the runs, kept; none: a temporary one")
     parser.add_argument("--out", default="bench/results/cpu-2core/finetune.json")
     parser.add_argument("--plot", default="docs/finetune.png")
@@ -170,13 +137,12 @@ def main() -> None:
              "train.steps": options.steps, "train.batch-size": 1, "train.seq-len": 512,
              "optim.lr": 5e-4, "data.holdout": 0.04, "eval.every": 50, "eval.on-start": True,
              "resume": True, **common}, "sft")
-        run({"from": work / "sft", "out": work / "dpo", "data.path": shortened(
+        run({"from": work / "sft", "out": work / "dpo", "data.path": contrasted(
                 options.pairs, work / "pairs.jsonl"),
              "adapter.name": "lora", "adapter.rank": 16, "train.steps": options.dpo_steps,
              "train.batch-size": 1, "train.seq-len": 512, "optim.lr": 1e-4, "loss.beta": 0.1,
-             "data.holdout": 0.16, "eval.every": 40, "eval.on-start": True, "resume": True,
+             "data.holdout": 0.25, "eval.every": 80, "eval.on-start": True, "resume": True,
              **common}, "dpo")
-        beside = other_questions(work, options.pairs)
         record: dict[str, Any] = {
             "benchmark": "finetune", "command": real.command_line(),
             "model": Path(base).name, "machine": environment(torch.device("cpu"))}
@@ -184,7 +150,6 @@ def main() -> None:
             summary = json.loads((work / stage / "summary.json").read_text("utf-8"))
             record[stage] = {**curves(work / stage), "summary": summary,
                              "transformers_logit_difference": merged_logits(work / stage)}
-        record["dpo"]["other_questions"] = beside
     Path(options.out).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     plot(record, Path(options.plot))
     first, last = (record["sft"]["evaluations"][place]["val_loss"] for place in (0, -1))

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastllm.data.sources import (
     held_out,
     read_documents,
     source_fingerprint,
+    text_hash,
 )
 from fastllm.data.store import TokenDataset, TokenStore
 from fastllm.data.tokenizer import (
@@ -250,6 +252,7 @@ def _write_rows(
 ) -> None:
     """Encodes rows into `folder`, each a document or two, with what is trained of them."""
     tokenizer, group = rows.tokenizer, SEQUENCES[rows.kind]
+    asked = array("Q")
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     position, largest = 0, 0
     documents = read_documents(data, files, report, progress, "tokenising", rows.reader())
@@ -258,6 +261,7 @@ def _write_rows(
             (folder / store.DESIRABLE).open("wb") as desirable, \
             (folder / store.DOCUMENTS).open("wb") as records:
         for document in documents:
+            asked.extend([_prompt_hash(document)] * group)
             for ids, flags, text_bytes in document.encoded.sequences:
                 largest = max(largest, *ids)
                 np.array(ids, dtype=dtype).tofile(tokens)
@@ -268,15 +272,34 @@ def _write_rows(
             desirable.write(bytes([document.encoded.desirable]))
     if rows.kind != "judged":
         (folder / store.DESIRABLE).unlink()
+    prompts = np.asarray(asked, dtype=np.uint64)
     _close(folder, data, files, tokenizer, report, dtype, position, largest,
-           kind=rows.kind, group=group)
+           split=prompts if len(np.unique(prompts)) > 1 else None, kind=rows.kind, group=group)
+
+
+def _prompt_hash(document: Document) -> int:
+    """What places a row in the split: the tokens before the answer where answers are compared.
+
+    Several pairs often share a prompt, and even one of the answers: a held-out pair whose prompt
+    was trained on would say little of other prompts.
+    """
+    sequences = document.encoded.sequences
+    if len(sequences) == 1:
+        return document.hash
+    ids, trained, _ = sequences[0]
+    return text_hash(np.array(ids[: trained.index(True)], dtype="<u4").tobytes())
 
 
 def _close(folder: Path, data: DataConfig, files: list[SourceFile], tokenizer: Tokenizer,
-           report: Report, dtype: np.dtype, num_tokens: int, largest: int, **more: Any) -> None:
-    """The split, the tokenizer and meta.json of a folder that is written otherwise."""
-    hashes = np.fromfile(folder / store.DOCUMENTS, dtype=store.DOCUMENT)["hash"]
-    held_out(hashes, data.holdout).astype(np.uint8).tofile(folder / store.HELDOUT)
+           report: Report, dtype: np.dtype, num_tokens: int, largest: int, *,
+           split: np.ndarray | None = None, **more: Any) -> None:
+    """The split, the tokenizer and meta.json of a folder that is written otherwise.
+
+    split (N,) uint64: hashes that place the documents on a side; none: those of their text.
+    """
+    if split is None:
+        split = np.fromfile(folder / store.DOCUMENTS, dtype=store.DOCUMENT)["hash"]
+    held_out(split, data.holdout).astype(np.uint8).tofile(folder / store.HELDOUT)
     tokenizer.save(folder / store.TOKENIZER)
     store.write_meta(folder, {
         "dtype": dtype.str, "vocab_size": tokenizer.vocab_size, "max_token_id": largest,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Kind = Literal["text", "chat", "preference", "judged"]
 SEQUENCES: dict[Kind, int] = {"text": 1, "chat": 1, "preference": 2, "judged": 2}
 """Of a document of each kind."""
+FORMAT = 2
+"""Raised where prepared rows would come out otherwise: 2 holds out by prompt."""
 
 
 class Row(NamedTuple):
@@ -38,7 +40,7 @@ class Rows:
 
         self.kind, self.tokenizer = kind, tokenizer
         self.encoder = encoder = ChatEncoder(tokenizer, config)
-        key = json.dumps([kind, encoder.fingerprint])
+        key = json.dumps([FORMAT, kind, encoder.fingerprint])
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
 
     def reader(self) -> RowEncoder:

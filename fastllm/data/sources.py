@@ -52,7 +52,8 @@ class DataConfig:
     """A line that ends a document in a text file, such as <|endoftext|>, instead of auto's rule."""
     holdout: Annotated[float, pydantic.Field(ge=0.0, le=0.5)] = 0.01
     """Fraction of the documents held out for evaluation, chosen by the hash of their text, so that
-    copies of a document stay on one side. At least 8 documents where there are 160 or more."""
+    copies of a document stay on one side; rows of compared or labelled answers by that of their
+    prompt, so that no held-out prompt is trained on. At least 8 where there are 160 or more."""
     deduplicate: bool = False
     """Skip a document whose text was already read (exact copies)."""
     on_bad: Literal["skip", "error"] = "skip"

@@ -119,6 +119,33 @@ def test_batches_know_their_pairs(tmp_path, tokenizer):
     assert prompt is not None and set(seen) == set(range(0, 14, 2))
 
 
+@pytest.mark.parametrize("kind", ["preference", "judged"])
+def test_no_held_out_prompt_is_trained_on(tmp_path, tokenizer, kind):
+    """Four rows a prompt, which share an answer: split by their own text, they would mix."""
+    answers = [f"answer {n}" for n in range(4)]
+    rows = [{"prompt": f"number {n}", "chosen": "right", "rejected": answer}
+            if kind == "preference" else
+            {"prompt": f"number {n}", "completion": answer, "label": True}
+            for n in range(40) for answer in answers]
+    prepared = prepared_of(tmp_path, tokenizer, kind, rows, holdout=0.25)
+
+    def asked(split):
+        dataset = prepared.split(split)
+        return [tuple(dataset.tokens[start:start + length][dataset.trained[
+            start:start + length] == 0].tolist())
+            for start, length in zip(dataset.starts, dataset.lengths, strict=True)]
+
+    held = asked("heldout")
+    assert 2 <= len(set(held)) <= 20 and len(held) == 8 * len(set(held))
+    assert not set(held) & set(asked("train"))
+
+
+def test_pairs_of_one_prompt_are_split_by_their_answers(tmp_path, tokenizer):
+    rows = [{"prompt": "the same", "chosen": "right", "rejected": f"answer {n}"} for n in range(40)]
+    prepared = prepared_of(tmp_path, tokenizer, "preference", rows, holdout=0.25)
+    assert len(prepared.heldout) and len(prepared.train)
+
+
 def test_judged_rows_carry_their_judgement_and_another_answer(tmp_path, tokenizer):
     rows = [{"prompt": f"number {n}", "completion": f"answer {n}", "label": n % 2 == 0}
             for n in range(4)]
