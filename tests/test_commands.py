@@ -23,7 +23,7 @@ def test_preview_brackets_what_is_not_trained(tmp_path, capsys):
     out = capsys.readouterr().out.replace("\n", "")
     question, answer = (message["content"] for message in row["messages"])
     assert f"⟧{answer}<|im_end|>⟦" in out
-    assert f"user{question}<|im_end|>" in out.replace("⟧⟦", "")
+    assert f"user{question}<|im_end|>" in out
 
 
 def test_kinds_of_data_need_a_tokenizer(tmp_path, capsys):

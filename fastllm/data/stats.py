@@ -1,6 +1,7 @@
 """What `data stats` and `data preview` show: figures of the prepared tokens, and rows as a model
 sees them."""
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -168,7 +169,8 @@ def _token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def render_preview(rows: list[PreviewRow]) -> "Text":
-    """The rows as text: untrained tokens in ⟦ ⟧ and dim, trained ones in two colours in turn."""
+    """The rows as text: runs of untrained tokens in ⟦ ⟧, the others plain; colours tell tokens
+    apart."""
     from rich.text import Text
 
     text = Text()
@@ -181,11 +183,12 @@ def render_preview(rows: list[PreviewRow]) -> "Text":
         for segment in row.segments:
             part = f", from token {segment.first_token}" if segment.first_token else ""
             text.append(f"── document {segment.document} ({segment.where}){part} ──\n", "bold cyan")
-            for index, (token, is_trained) in enumerate(
-                    zip(segment.tokens, segment.trained, strict=True)):
-                if is_trained:
-                    text.append(token, "green" if index % 2 else "yellow")
-                else:
-                    text.append(f"⟦{token}⟧", "dim")
+            tokens = enumerate(zip(segment.trained, segment.tokens, strict=True))
+            for is_trained, run in itertools.groupby(tokens, key=lambda one: one[1][0]):
+                colours = ("yellow", "green") if is_trained else ("dim", "dim blue")
+                text.append("" if is_trained else "⟦", "dim")
+                for index, (_, token) in run:
+                    text.append(token, colours[index % 2])
+                text.append("" if is_trained else "⟧", "dim")
             text.append("\n")
     return text

@@ -31,7 +31,7 @@ def test_the_division_into_chunks_is_a_matter_of_rounding(chunk, recompute):
     kc.check(module.KERNEL, module.linear_cross_entropy, call)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (100, 8, 9), (1, 8, 300)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (30, 8, 9), (1, 8, 300)])
 def test_tokens_fewer_and_more_than_words(shape):
     """The recomputing backward goes by columns or by rows; one of everything is a shape too."""
     for options in ({}, {"recompute": True, "chunk_size": 3}, {"reduction": "none"}):
