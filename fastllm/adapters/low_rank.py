@@ -33,7 +33,7 @@ class LowRankAdapter(Adapter):
                 continue
             changed = self._linear(path, base, targets, quantize)
             _replace(model, path, changed)
-            if changed.nf4 is not None:
+            if changed.nf4 is not None and not base.weight.is_meta:
                 weight = base.weight.float()
                 error = changed.nf4.dense(torch.float32) - weight
                 errors += torch.stack([error.square().sum(), weight.square().sum()]).double().cpu()

@@ -66,14 +66,11 @@ def _train(settings: RunConfig, world: World, device: torch.device) -> dict[str,
         settings.model.vocab_size = min(settings.model.vocab_size, prepared.tokenizer.vocab_size)
     if saved:
         _keep_rows(settings.train, saved, world)
-    plan = None
-    if stage.planned:
-        plan = make_plan(settings.model, settings.optim, settings.dist, dtype=dtype,
-                         tokens=settings.train.batch_size * stage.row_tokens,
-                         grad_accum=settings.train.grad_accum, rank=world.rank, world=world.size,
-                         device=device)
-        if world.first:
-            print(plan.line())
+    plan = make_plan(stage.shape(dtype), settings.optim, settings.dist,
+                     stage.micro_batch(prepared), grad_accum=settings.train.grad_accum,
+                     rank=world.rank, world=world.size, device=device)
+    if world.first:
+        print(plan.line())
     memory = _Measured(Monitor(device).memory_bytes())
     run = Run(settings, folder, device, dtype, prepared, world, stage, base)
     run.say(f"{folder}: {num_parameters(settings.model):,} parameters, {dtype_name(dtype)} "
@@ -82,7 +79,7 @@ def _train(settings: RunConfig, world: World, device: torch.device) -> dict[str,
     if world.size > 1:
         run.say(f"{world.size} ranks, ZeRO stage {settings.dist.zero}, {run.engine} engine")
     held = run.trainer.optimizer.held_bytes()
-    if plan and held != plan.states:
+    if held != plan.states:
         raise RunError(f"rank {world.rank} holds {held:,} bytes of optimizer states and masters, "
                        f"and should hold {plan.states:,}; this is a defect of the program")
     if world.first:
@@ -227,13 +224,11 @@ class Run:
         else:
             decoder = base.build(self.dtype, settings.model)
             self.base_hash = weights_hash(decoder)
-        model = self.stage.build(decoder)
-        model = model.to(self.dtype) if apart else model.to(device=self.device, dtype=self.dtype)
-        if isinstance(settings, TuneConfig) and settings.adapter.name != "none":
-            assert isinstance(model, Decoder)
-            self.adapter = adapters.apply(model, settings.adapter, seed=settings.train.seed)
+        device = torch.device("meta") if apart else self.device
+        model, self.adapter = self.stage.assemble(decoder, device, self.dtype)
+        if self.adapter:
             count = sum(param.numel() for _, param in self.adapter.named_parameters())
-            self.say(f"{settings.adapter.name}: {count:,} parameters are trained")
+            self.say(f"{self.adapter.config.name}: {count:,} parameters are trained")
         return model
 
     @property

@@ -6,11 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from fastllm import adapters
+from fastllm.adapters import Adapter, AdapterConfig
 from fastllm.checkpoint import Checkpoint
 from fastllm.config import UserError
-from fastllm.data import EvalSet, Kind, Rows, Tokenizer
+from fastllm.data import EvalSet, Kind, Prepared, Rows, Tokenizer
 from fastllm.data.collate import Batch
 from fastllm.data.rows import SEQUENCES
 from fastllm.evaluate import evaluate, evaluate_pairs, xz_bits_per_byte
@@ -18,7 +21,7 @@ from fastllm.export import export, export_checkpoint
 from fastllm.model import Decoder, flops_per_token
 from fastllm.model.reward import RewardModel
 from fastllm.objectives import preference, pretrain, reward, sft
-from fastllm.plan import describes
+from fastllm.plan import Loss, MicroBatch
 from fastllm.run.reference import reference_of
 from fastllm.run.settings import PreferenceRun, RewardRun, RunConfig, SftRun, TuneConfig
 
@@ -33,6 +36,7 @@ class Stage:
     """Pretraining, and what the others change of it."""
 
     kind: Kind = "text"
+    reads: Loss = "cross_entropy"
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
@@ -50,11 +54,21 @@ class Stage:
         return self.settings.train.seq_len * SEQUENCES[self.kind]
 
     @property
-    def planned(self) -> bool:
-        """Whether `make_plan` knows what is trained: a whole decoder, of a kind it describes."""
+    def adapter(self) -> AdapterConfig | None:
+        """None: every parameter is trained."""
         settings = self.settings
         adapted = isinstance(settings, TuneConfig) and settings.adapter.name != "none"
-        return not adapted and describes(settings.model)
+        return settings.adapter if adapted else None  # type: ignore[union-attr]
+
+    def micro_batch(self, prepared: Prepared) -> MicroBatch:
+        """What a rank's forward and backward take, for the plan of its memory. The documents are as
+        many as fill it at their mean length, and each row's padding."""
+        train, dataset = self.settings.train, prepared.train
+        tokens, mean = train.batch_size * self.row_tokens, train.seq_len
+        if prepared.pack:
+            mean = min(mean, max(1, dataset.num_tokens // max(1, len(dataset))))
+        return MicroBatch(tokens=tokens, longest=train.seq_len, loss=self.reads,
+                          documents=tokens // mean + train.batch_size)
 
     def read(self, tokenizer: Tokenizer) -> Rows | None:
         """How the sources' records are read; None: as texts."""
@@ -66,6 +80,22 @@ class Stage:
     def build(self, decoder: Decoder) -> nn.Module:
         """The module that is trained."""
         return decoder
+
+    def assemble(self, decoder: Decoder, device: torch.device, dtype: torch.dtype
+                 ) -> tuple[nn.Module, Adapter | None]:
+        """The module that is trained, on the device in the dtype, and the adapter put on it."""
+        model = self.build(decoder).to(device=device, dtype=dtype)
+        if self.adapter is None:
+            return model, None
+        assert isinstance(model, Decoder)
+        return model, adapters.apply(model, self.adapter, seed=self.settings.train.seed)
+
+    def shape(self, dtype: torch.dtype) -> nn.Module:
+        """`assemble` without a base and without memory."""
+        meta = torch.device("meta")
+        with meta:
+            decoder = Decoder(self.settings.model)
+        return self.assemble(decoder, meta, dtype)[0]
 
     def begin(self, run: "Run") -> dict[str, Any]:
         """Before the first step, with the model as it begins; returns what a resumed run must
@@ -91,8 +121,7 @@ class Stage:
     def flops_per_token(self) -> float:
         """Of a trained token, for MFU; a frozen base needs no gradients of its weights."""
         whole = flops_per_token(self.settings.model, self.settings.train.seq_len)
-        adapted = isinstance(self.settings, TuneConfig) and self.settings.adapter.name != "none"
-        return whole * 2 / 3 if adapted else whole
+        return whole * 2 / 3 if self.adapter else whole
 
     def stop_ids(self, tokenizer: Tokenizer) -> set[int]:
         """Tokens that end what the model writes."""
@@ -148,6 +177,7 @@ class Preference(Stage):
     """DPO and its kin, on pairs; KTO on judged answers."""
 
     settings: PreferenceRun
+    reads: Loss = "logprobs"
 
     @property
     def look(self) -> Callable[[list[float]], str | None] | None:
@@ -179,7 +209,7 @@ class Reward(Stage):
 
     kind: Kind = "preference"
     settings: RewardRun
-    planned = False
+    reads: Loss = "reward"
 
     def build(self, decoder: Decoder) -> nn.Module:
         return RewardModel(decoder)

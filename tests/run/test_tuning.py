@@ -8,7 +8,8 @@ import torch
 import tuned
 
 from fastllm import checkpoint, cli
-from fastllm.run import find_base, open_model
+from fastllm.run import find_base, open_model, stages
+from fastllm.trainer import Trainer
 
 STAGES = {
     "sft": ("sft", tuned.chats, {}),
@@ -117,6 +118,36 @@ def test_the_result_is_a_chat_model_elsewhere(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(beside.logits(beside(torch.tensor([ids]))),
                                    ours.logits(ours(torch.tensor([ids]))), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("verb", "make", "changes"), [
+    ("sft", tuned.chats, {"adapter.name": "qlora", "adapter.block-size": 32}),
+    ("sft", tuned.chats, {"adapter.name": "prefix", "train.dtype": "bf16"}),
+    ("dpo", tuned.pairs, {"adapter.name": "dora"}),
+    ("reward", tuned.pairs, {})], ids=["qlora", "prefix", "dora", "reward"])
+def test_a_run_begins_with_what_it_will_hold(tmp_path, capsys, verb, make, changes):
+    """The states are compared to what the optimizer holds, or the run would have failed."""
+    tuned.run(verb, tmp_path, make(tmp_path), **changes, **{
+        "train.steps": 1, "eval.every": 0, "checkpoint.every": 1})
+    line, = [line for line in capsys.readouterr().out.splitlines() if "predicted" in line]
+    assert ("trained weights" in line and "frozen weights" in line) == (verb != "reward")
+    assert " states " in line and "activations" in line
+
+
+@pytest.mark.parametrize(("verb", "make"), [("sft", tuned.chats), ("dpo", tuned.pairs),
+                                            ("reward", tuned.pairs)])
+def test_the_plan_is_of_the_batches_that_come(tmp_path, monkeypatch, verb, make):
+    """Their positions, exactly; their documents, about; and no longer one than is said."""
+    seen, planned = [], []
+    monkeypatch.setattr(stages.Stage, "micro_batch", lambda stage, prepared, of=(
+        stages.Stage.micro_batch): planned.append(of(stage, prepared)) or planned[-1])
+    monkeypatch.setattr(Trainer, "step", lambda trainer, of=Trainer.step: seen.append(
+        trainer.loader.packed.batch(trainer.loader.rows_at(0))) or of(trainer))
+    tuned.run(verb, tmp_path, make(tmp_path), **{"train.steps": 1, "eval.every": 0,
+                                                 "checkpoint.every": 1})
+    batch, said = seen[0], planned[0]
+    assert batch.input_ids.numel() == said.tokens and batch.max_seqlen <= said.longest
+    assert 0.6 < said.documents / (len(batch.cu_seqlens) - 1) < 1.6
 
 
 def test_prompt_tuning_leaves_an_adapter_and_no_merged_model(tmp_path, capsys):
