@@ -322,24 +322,19 @@ def finetune() -> str:
         first, last = (part["evaluations"][place][key] for place in (0, -1))
         return [name, str(part["steps"][-1]["step"]), show(first), show(last)]
 
-    other = dpo["other_questions"]
     rows = [row(sft, "LoRA SFT: loss of held-out answers, nats a token", "val_loss",
                 lambda value: f"{value:.3f}"),
-            ["DPO: pairs of other questions ranked rightly", str(dpo["steps"][-1]["step"]),
-             "50.0%", f"{other['accuracy']:.1%}"],
-            ["DPO: pairs of other questions whose right solution is the likelier one",
-             str(dpo["steps"][-1]["step"]), f"{other['likelier_before']:.1%}",
-             f"{other['likelier_after']:.1%}"],
-            row(dpo, "DPO: held-out pairs, questions shared with trained ones", "val_accuracy",
+            row(dpo, "DPO: held-out pairs ranked rightly", "val_accuracy",
                 lambda value: f"{value:.1%}"),
             row(dpo, "DPO: loss of those", "val_loss", lambda value: f"{value:.4f}")]
-    pairs = other["pairs"]
+    last = dpo["evaluations"][-1]
+    share = last["val_accuracy"]
+    error = (share * (1 - share) / last["val_pairs"])**0.5
     largest = max(part["transformers_logit_difference"] for part in (sft, dpo))
-    note = (f"\nOf {pairs} other questions, each asked once, one standard error is up to "
-            f"{50 / pairs**0.5:.1f} points. Before the first step every pair is tied, which counts "
-            "half; the held-out pairs of the run have met their questions and solutions in other "
-            "pairs, so that they flatter. Logits of the merged folders in transformers differ by "
-            f"at most {largest:.1e}.\n")
+    note = (f"\nThe {last['val_pairs']} held-out pairs are of questions that no trained pair asks; "
+            f"one standard error is {100 * error:.1f} points. Before the first step every pair is "
+            "tied, which counts half. Logits of the merged folders in transformers differ by at "
+            f"most {largest:.1e}.\n")
     return table(["", "steps", "before", "after"], rows) + note
 
 
