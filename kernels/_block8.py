@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastllm.kernels import _multi_tensor as multi
 from fastllm.kernels._multi_tensor import CHUNK, TYPES, place, pointer, random_word, write_back
-from fastllm.kernels._triton import cdiv, jit, require, tl
+from fastllm.kernels._triton import addresses, cdiv, jit, require, tl
 
 SIZE = 256  # elements of a block
 BLOCK = 2048
@@ -197,7 +197,7 @@ def _launch(rule: str, params: list[Tensor], grads: list[Tensor], exp_avgs: list
             scalars: list[float], stochastic: bool, key: int, offsets: list[int]) -> None:
     """One launch for tensors of one type, none empty, all with masters or all without."""
     require(multi.RULES[rule].op, *params, *grads, grad_scale)
-    rows, aligned = multi.addresses(params, grads, masters or params, exp_avgs, exp_avg_sqs,
+    rows, aligned = addresses(params, grads, masters or params, exp_avgs, exp_avg_sqs,
                                     exp_avg_scales, exp_avg_sq_scales)
     table, owner = multi.plan([p.numel() for p in params], [*rows, offsets, [key] * len(params)],
                               params[0].device)

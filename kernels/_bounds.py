@@ -1,19 +1,18 @@
 """Bounds of every access in Triton's interpreter: what compute-sanitizer's memcheck is to a GPU.
 
-A lane that is switched on must lie inside a tensor that the launch was given, or inside a living
-one whose address stands in a table that it was given (of int64). Any other load, store or atomic
-raises an IndexError that names the kernel, the program and the nearest tensor, before memory is
-touched; on a GPU it would corrupt another tensor in silence, or end the process.
+A lane that is switched on must lie inside a tensor that the launch was given, or inside one whose
+address it reads from a table, which `expose` makes known. Any other load, store or atomic raises an
+IndexError that names the kernel, the program and the nearest tensor, before memory is touched; on
+a GPU it would corrupt another tensor in silence, or end the process.
 
 A tensor's extent runs from its first element to its last: a view that is not contiguous covers
 what lies between its elements, too.
 """
 
-import gc
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
@@ -42,7 +41,6 @@ class _Launch:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.extents: list[Extent] = []
-        self.tables: list[Tensor] = []
 
     def give(self, name: str, argument: Any) -> None:
         """Adds the tensors of an argument."""
@@ -52,10 +50,7 @@ class _Launch:
         elif isinstance(argument, interpreter.TensorDescriptor):
             self.give(name, argument.base)
         elif hasattr(argument, "data_ptr"):
-            tensor = interpreter._unwrap_tensor(argument)
-            self.extents.append(_extent(tensor, name))
-            if tensor.dtype == torch.int64:
-                self.tables.append(tensor)
+            self.extents.append(_extent(interpreter._unwrap_tensor(argument), name))
 
     def check(self, pointers: Any, mask: Any, kind: str) -> None:
         addresses = pointers.data
@@ -67,20 +62,10 @@ class _Launch:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         if any(first <= low and high + size <= end for first, end, _ in self.extents):
             return
-        if self.tables:
-            self._look_up()
         for address in addresses[np.broadcast_to(active, addresses.shape)].ravel().tolist():
             if not any(first <= address and address + size <= end
                        for first, end, _ in self.extents):
                 self._refuse(address, size, kind)
-
-    def _look_up(self) -> None:
-        """Adds the living tensors whose addresses the tables hold, once."""
-        wanted = {address for table in self.tables for address in table.flatten().tolist()}
-        self.tables.clear()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor) and _address(thing) in wanted:
-                self.extents.append(_extent(thing, "a tensor in a table"))
 
     def _refuse(self, address: int, size: int, kind: str) -> None:
         where = f"{self.kernel}, program {tuple(interpreter.interpreter_builder.grid_idx)}: " \
@@ -95,17 +80,13 @@ class _Launch:
         raise IndexError(f"{where}, {beside} of {near.name}; is a mask missing?")
 
 
-def _address(tensor: Tensor) -> int:
-    """Of a tensor's first element in the host's memory; 0 where it has none."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        return 0
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a fake or functional tensor
-        return 0
-
-
 _launch = _Launch("no launch")
+_exposed: list[Extent] = []
+
+
+def expose(tensors: Iterable[Tensor]) -> None:
+    """Lets the next launch touch tensors that it is not given but by their addresses."""
+    _exposed.extend(_extent(tensor, "a tensor in a table") for tensor in tensors)
 
 
 def _checked(name: str, pointers: int, mask: int | None, kind: str) -> None:
@@ -127,6 +108,8 @@ def install() -> None:
         global _launch
         given, named = stock(self, args, kwargs)
         _launch = _Launch(self.fn.__name__)
+        _launch.extents += _exposed
+        _exposed.clear()
         for name, argument in [*zip(self.arg_names, given, strict=False), *named.items()]:
             _launch.give(name, argument)
         return given, named

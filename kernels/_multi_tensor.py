@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels._spec import compute_dtype
-from fastllm.kernels._triton import WORD, cdiv, jit, mix, mix_reference, require, tl
+from fastllm.kernels._triton import WORD, addresses, cdiv, jit, mix, mix_reference, require, tl
 
 P = ParamSpec("P")
 S = TypeVar("S", bound="Step")
@@ -332,12 +332,6 @@ def plan(counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.dev
         # Pinned, so that the copies queue behind running kernels rather than wait for them.
         table, owners = table.pin_memory(), owners.pin_memory()
     return table.to(device, non_blocking=True), owners.to(device, non_blocking=True)
-
-
-def addresses(*lists: Sequence[Tensor]) -> tuple[list[list[int]], bool]:
-    """A row of addresses a list, and whether every one is a multiple of 16."""
-    rows = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
-    return rows, all(address % 16 == 0 for row in rows for address in row)
 
 
 @torch.library.custom_op("fastllm::step_", mutates_args={"params", "states", "masters"})

@@ -5,6 +5,7 @@ so. With `TRITON_INTERPRET=1` set before this import the kernels run on CPU tens
 `_interpreter` first mends what the interpreter gets wrong.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ else:
     _MISSING = ""
     INTERPRETED = bool(triton.knobs.runtime.interpret)
     if INTERPRETED:
-        from fastllm.kernels import _interpreter
+        from fastllm.kernels import _bounds, _interpreter
 
         _interpreter.install()
 
@@ -69,6 +70,16 @@ def require(op: str, *tensors: Tensor) -> None:
     reason = why_not(device)
     if reason:
         raise RuntimeError(f"{op}: {reason}")
+
+
+def addresses(*lists: Sequence[Tensor]) -> tuple[list[list[int]], bool]:
+    """A row of addresses a list, for a table that the next launch reads, and whether every one is a
+    multiple of 16."""
+    rows = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    if INTERPRETED:
+        for tensors in lists:
+            _bounds.expose(tensors)
+    return rows, all(address % 16 == 0 for row in rows for address in row)
 
 
 def rows_of(x: Tensor) -> Tensor:

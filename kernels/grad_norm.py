@@ -13,9 +13,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastllm.kernels._multi_tensor import CHUNK, TYPES, addresses, place, plan, pointer
+from fastllm.kernels._multi_tensor import CHUNK, TYPES, place, plan, pointer
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape, normal
-from fastllm.kernels._triton import cdiv, jit, require, tl
+from fastllm.kernels._triton import addresses, cdiv, jit, require, tl
 
 BLOCK = 4096
 

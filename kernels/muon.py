@@ -28,7 +28,7 @@ from fastllm.kernels import _multi_tensor as multi
 from fastllm.kernels import _step_spec as spec
 from fastllm.kernels._multi_tensor import BLOCK, CHUNK, TYPES, place, pointer
 from fastllm.kernels._spec import Call, Direction, Kernel, Shape
-from fastllm.kernels._triton import jit, require, tl
+from fastllm.kernels._triton import addresses, jit, require, tl
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 Coefficients = tuple[float, float, float]
@@ -145,7 +145,7 @@ def _momentum(grads: list[Tensor], buffers: list[Tensor], grad_scale: Tensor, mo
     """Updates of matrices of one shape (N, rows, columns); buffers are brought up to date."""
     require("muon_step", *grads, *buffers, grad_scale)
     updates = _momentum_fake(grads, buffers, grad_scale, momentum, nesterov, dtype)
-    rows, aligned = multi.addresses(grads, buffers, updates.unbind())
+    rows, aligned = addresses(grads, buffers, updates.unbind())
     table, owner = multi.plan([grad.numel() for grad in grads], rows, grads[0].device)
     with torch.cuda.device_of(grads[0]):
         _momentum_kernel[(owner.numel(),)](
