@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
 
@@ -50,7 +51,11 @@ class _Launch:
         elif isinstance(argument, interpreter.TensorDescriptor):
             self.give(name, argument.base)
         elif hasattr(argument, "data_ptr"):
-            self.extents.append(_extent(interpreter._unwrap_tensor(argument), name))
+            tensor = interpreter._unwrap_tensor(argument)
+            self.extents.append(_extent(tensor, name))
+            if tensor.dtype == torch.int64 and _exposed:
+                held = set(tensor.flatten().tolist())
+                self.extents += [extent for extent in _exposed if extent.first in held]
 
     def check(self, pointers: Any, mask: Any, kind: str) -> None:
         addresses = pointers.data
@@ -85,8 +90,11 @@ _exposed: list[Extent] = []
 
 
 def expose(tensors: Iterable[Tensor]) -> None:
-    """Lets the next launch touch tensors that it is not given but by their addresses."""
-    _exposed.extend(_extent(tensor, "a tensor in a table") for tensor in tensors)
+    """Lets launches touch tensors whose addresses stand in an int64 tensor that they are given.
+
+    What an earlier call made known is forgotten: its tensors may be gone.
+    """
+    _exposed[:] = [_extent(tensor, "a tensor in a table") for tensor in tensors]
 
 
 def _checked(name: str, pointers: int, mask: int | None, kind: str) -> None:
@@ -108,8 +116,6 @@ def install() -> None:
         global _launch
         given, named = stock(self, args, kwargs)
         _launch = _Launch(self.fn.__name__)
-        _launch.extents += _exposed
-        _exposed.clear()
         for name, argument in [*zip(self.arg_names, given, strict=False), *named.items()]:
             _launch.give(name, argument)
         return given, named

@@ -73,12 +73,11 @@ def require(op: str, *tensors: Tensor) -> None:
 
 
 def addresses(*lists: Sequence[Tensor]) -> tuple[list[list[int]], bool]:
-    """A row of addresses a list, for a table that the next launch reads, and whether every one is a
-    multiple of 16."""
+    """A row of addresses a list, for a table that the next launches read, and whether every one is
+    a multiple of 16."""
     rows = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
     if INTERPRETED:
-        for tensors in lists:
-            _bounds.expose(tensors)
+        _bounds.expose(tensor for tensors in lists for tensor in tensors)
     return rows, all(address % 16 == 0 for row in rows for address in row)
 
 

@@ -93,11 +93,12 @@ def test_an_atomic_outside_is_refused(kernel):
     assert whole[4:].sum() == 0
 
 
-def test_an_address_in_a_table_is_known_for_one_launch():
+def test_an_address_in_a_table_is_known_until_the_next_table():
     out, whole = guarded(N)
     table = torch.tensor(addresses([out])[0])
     _by_table[(1,)](table, N=N)
     assert out.sum() == whole.sum() == N
+    addresses([torch.zeros(N)])
     with pytest.raises(Exception, match="a store of 4 bytes outside of every tensor"):
         _by_table[(1,)](table, N=N)
 
