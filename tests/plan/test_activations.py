@@ -241,6 +241,7 @@ def test_activations_of_pairs(recompute, loss, backend, dtype):
     assert near(held, said), (held, said)
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("tokens", [500, 520])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("method", [None, "lora", "lora of everything"])
