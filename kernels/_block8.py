@@ -198,7 +198,7 @@ def _launch(rule: str, params: list[Tensor], grads: list[Tensor], exp_avgs: list
     """One launch for tensors of one type, none empty, all with masters or all without."""
     require(multi.RULES[rule].op, *params, *grads, grad_scale)
     rows, aligned = addresses(params, grads, masters or params, exp_avgs, exp_avg_sqs,
-                                    exp_avg_scales, exp_avg_sq_scales)
+                              exp_avg_scales, exp_avg_sq_scales)
     table, owner = multi.plan([p.numel() for p in params], [*rows, offsets, [key] * len(params)],
                               params[0].device)
     with torch.cuda.device_of(params[0]):

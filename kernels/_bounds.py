@@ -77,7 +77,6 @@ class _Launch:
             f"{kind} of {size} bytes outside of every tensor"
         if not self.extents:
             raise IndexError(f"{where}: the kernel was given none")
-        # A pointer of one tensor never lies before it by less than behind another but by chance.
         near = min(self.extents, key=lambda extent: min(abs(address - extent.first),
                                                         abs(address + size - extent.end)))
         beside = f"{near.first - address} bytes before the first element" \
