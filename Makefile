@@ -53,14 +53,17 @@ real: $(STAMP)
 	$(BIN)/python bench/real.py
 	$(BIN)/python bench/readme.py
 
-# Every kernel on this GPU beside its peers, attention over many shapes and 1,000 times over for
-# its bits; JSON into bench/results/<device>.
-gpu: $(STAMP)
-	$(BIN)/pytest tests/kernels
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/kernels.py --sweep --contender ours "sdpa cudnn" "sdpa flash" \
-		"flash-attn 3" "torch varlen" "flex attention"
-	$(BIN)/python bench/kernels.py --kernel attention --repeat-check 1000
+# All that only a GPU can say, within MINUTES: builds, tests, compute-sanitizer, every kernel and
+# attention beside their peers; JSON into bench/results/<GPU> or OUT. PART="kernels counters": only
+# these (bench/gpu.py names them). A PYTHON that has torch with CUDA serves as it is, so that a GPU
+# machine without network needs nothing; elsewhere the environment is installed first. DRY=1: no
+# GPU, each part as far as a CPU goes, into OUT.
+MINUTES ?= 9
+gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; \
+	then python=$(PYTHON); else $(MAKE) --no-print-directory $(STAMP) && python=$(BIN)/python; fi && \
+	$$python bench/gpu.py --minutes $(MINUTES) $(if $(PART),--part $(PART)) \
+		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run)
 
 # Installed once, and again when a dependency, the packaging or the C++ changed.
 $(STAMP): pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*)

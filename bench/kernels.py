@@ -2,29 +2,37 @@
 
     python bench/kernels.py [--out FILE] [--kernel NAME ...] [--options NAME ...]
                             [--contender NAME ...] [--dtype bfloat16] [--samples 50]
-                            [--sweep] [--repeat-check RUNS]
+                            [--attention] [--limit SECONDS] [--resume] [--dry-run]
+                            [--compile PROCESSES] [--repeat-check RUNS]
 
 For each shape and direction: the median of the samples (CUDA events, after warm-up, the L2 cache
-flushed before each), GB/s or TFLOP/s against the kernel's floor, that as a share of the copy or
-matrix-product rate measured on this GPU in the same run, and peak memory. The JSON holds device,
-driver, versions, commit, clocks and every sample, and why a contender was left out. Others'
-attention is first held to ours: a relative difference above DIFFERENCE is an error in its row.
---sweep: at the shapes of SWEEPS in place of the kernels' own. --repeat-check: times nothing, but
-makes each call so many times, on inputs made anew; exit code 1 where the bits of a result or a
-gradient change and the options do not say that they may. Without a GPU: one line and exit code 2.
+flushed before each, the GPU kept busy until the host has launched), GB/s or TFLOP/s against the
+kernel's floor, that as a share of the copy or matrix-product rate measured on this GPU in the same
+run, peak memory, and the host's time. The JSON holds device, driver, versions, commit, clocks and
+every sample, and why a contender was left out; it is written anew after each case. Our results are
+held to torch's at these shapes, others' attention to ours: a relative difference above DIFFERENCE
+is an error in its row. Exit code 1 where ours fails, LOST where an error took the CUDA context
+along: --resume goes on with the cases that the file has not.
+
+--attention: many lengths (SWEEPS) beside the other attentions, in place of the kernels' own shapes.
+--limit: cases that are not reached by then are listed. --compile: times nothing, but fills the
+caches of Triton and Inductor with what the same command will time. --repeat-check: times nothing,
+but makes each call so many times, on inputs made anew; exit code 1 where the bits of a result or a
+gradient change and the options do not say that they may. --dry-run: no GPU, small shapes, Triton's
+interpreter: whether the command would run; its figures mean nothing. Without a GPU: one line and
+exit code 2.
 """
 
 import argparse
+import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
-import platform
-import shutil
-import statistics
-import subprocess
+import math
 import sys
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,56 +41,31 @@ import torch
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda"
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+if __name__ == "__main__" and "--dry-run" in sys.argv:  # before Triton is imported
+    import pretend
+    pretend.install()
 
+import record  # noqa: E402
+from gpu_clock import Clock, rates, timed  # noqa: E402
 from peers import PEERS, Forward, Lacks, prepare, results  # noqa: E402
+from record import machine  # noqa: E402
 
 from fastllm.kernels._spec import Call, Kernel, Shape, kernels  # noqa: E402
 
+Case = tuple[Kernel, Shape, str, str]
+"""Kernel, shape, type, and the name of one of its bench options."""
 CONTENDERS = ("ours", "torch eager", "torch.compile", *PEERS)
 DIFFERENCE = 0.05
-# 16,384 tokens of 2,048 elements in sequences of one length. "packed" is the same for all lengths.
+LOST = 3
+OTHER_ATTENTION = ("ours", *(name for name, ops in PEERS.items() if "attention" in ops))
+# 16,384 tokens of 2,048 elements in sequences of one length, what matters most first. "packed" is
+# the same for all lengths.
 SWEEPS: dict[str, list[tuple[Shape, str]]] = {"attention": [
     ((16384 // length, length, length, 2048 // width // group, group, width), option)
-    for width, group, length in itertools.product((64, 128), (1, 4),
-                                                  (1024, 2048, 4096, 8192, 16384))
-    for option in ("", "causal", "causal, atomics", "window", "packed")
-    if option != "packed" or length == 1024]}
-
-
-class Clock:
-    """Times calls with CUDA events, the L2 cache flushed before each."""
-
-    def __init__(self, samples: int):
-        self.samples = samples
-        # Several times the largest L2 cache there is, so that nothing of the last call is left.
-        self.flush = torch.empty(512 << 20, dtype=torch.int8, device=DEVICE)
-
-    def __call__(self, call: Callable[[], Any]) -> list[float]:
-        """Milliseconds of each sample."""
-        for _ in range(5):
-            call()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                  for _ in range(self.samples)]
-        for start, stop in events:
-            self.flush.zero_()
-            start.record()
-            call()
-            stop.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
-
-
-def rates(clock: Clock) -> dict[str, float]:
-    """This GPU's own ceilings: bytes a second of a large copy, FLOP a second of large products."""
-    source = torch.empty(2 << 30, dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    taken = statistics.median(clock(lambda: target.copy_(source))) * 1e-3
-    found = {"copy": 2 * source.numel() / taken}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        a, b = (torch.randn(8192, 8192, device=DEVICE).to(dtype) for _ in range(2))
-        taken = statistics.median(clock(lambda a=a, b=b: a @ b)) * 1e-3
-        found[str(dtype)[6:]] = 2 * 8192**3 / taken
-    return found
+    for option, width, group, length in itertools.product(
+        ("causal", "packed", "window", "", "causal, atomics"), (128, 64), (1, 4),
+        (8192, 4096, 2048, 16384, 1024))
+    if option != "packed" or length == 8192]}
 
 
 def directions(kernel: Kernel, forward: Forward, call: Call) -> dict[str, Callable[[], Any]]:
@@ -115,128 +98,106 @@ def directions(kernel: Kernel, forward: Forward, call: Call) -> dict[str, Callab
     return found
 
 
-def make(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str) -> Call:
+def make(case: Case) -> Call:
     """The arguments of a case, the same each time."""
-    return kernel.inputs(shape, dtype, DEVICE, torch.Generator(DEVICE).manual_seed(0),
+    kernel, shape, dtype, option = case
+    return kernel.inputs(shape, getattr(torch, dtype), DEVICE,
+                         torch.Generator(DEVICE).manual_seed(0),
                          **kernel.bench_options.get(option, {}))
 
 
-def measure(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str,
-            contenders: list[str], clock: Clock,
+def facts(case: Case) -> dict[str, Any]:
+    """What a row says of its case."""
+    kernel, shape, dtype, option = case
+    return {"kernel": kernel.name, "options": option, "dtype": dtype,
+            "shape": dict(zip(kernel.axes, shape, strict=True))}
+
+
+def measure(case: Case, contenders: list[str], clock: Clock,
             ceilings: dict[str, float]) -> list[dict[str, Any]]:
-    """Every contender and direction for one shape and one of the kernel's bench options."""
+    """Rows of every contender and direction; the last is what took the CUDA context along."""
+    kernel, shape, dtype, option = case
     options = dict(kernel.bench_options.get(option, {}))
     rows = []
     for name in contenders:
         # Arguments of its own: some contenders write into what they are given.
-        call = make(kernel, shape, dtype, option)
-        row = {"kernel": kernel.name, "options": option, "dtype": str(dtype)[6:],
-               "shape": dict(zip(kernel.axes, shape, strict=True)), "contender": name}
+        call = make(case)
+        row = facts(case) | {"contender": name}
         try:
             forward = prepare(kernel, call, name)
             if forward is None:
                 continue
-            if name in PEERS and kernel.name == "attention":
-                row["difference"] = difference(kernel, forward, call)
+            if name == "torch eager" or (name in PEERS and kernel.name == "attention"):
+                row["difference"] = difference(case, name)
             for direction, run in directions(kernel, forward, call).items():
                 parts = ("forward", "backward") if direction == "both" else (direction,)
-                floors = [sum(floor(shape, dtype, part, **options) for part in parts)
+                floors = [sum(floor(shape, getattr(torch, dtype), part, **options)
+                              for part in parts)
                           for floor in (kernel.floor_bytes, kernel.floor_flops)]
                 rows.append(row | {"direction": direction} | timed(
-                    run, *floors, clock, ceilings["copy"], ceilings[str(dtype)[6:]]))
+                    run, *floors, clock, ceilings["copy"], ceilings[dtype]))
         except Lacks as reason:
             rows.append(row | {"left_out": str(reason)})
-        except Exception as error:  # a peer that cannot take a shape is a result, not the end
-            if name == "ours":
-                raise
+        except Exception as error:  # who cannot take a shape is a result, not the end
             rows.append(row | {"error": f"{type(error).__name__}: {error}"[:300]})
-        del call
-        torch.compiler.reset()  # or the next shapes run into the limit of recompilations
-        torch.cuda.empty_cache()
+            if lost():
+                break
+        forward = run = call = None
+        tidy()
     return rows
 
 
-def difference(kernel: Kernel, forward: Forward, call: Call) -> float:
-    """The largest of a contender's results to ours. Raises ValueError above DIFFERENCE."""
-    ours, theirs = ([x.detach().float() for x in results(kernel, run, call)]
-                    for run in (prepare(kernel, call, "ours"), forward))
-    found = max(float((b - a).norm() / a.norm()) for a, b in zip(ours, theirs, strict=True))
+def tidy() -> None:
+    """As if nothing had run before: or the next shapes run into the limit of recompilations."""
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+def lost() -> bool:
+    """Whether an error, as of an illegal access, took the CUDA context along."""
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
+
+
+def difference(case: Case, name: str) -> float:
+    """The largest of a contender's results to ours, in the norm. Raises ValueError above
+    DIFFERENCE, or where other numbers are finite."""
+    found = 0.0
+    ours, theirs = ([x.detach() for x in results(case[0], prepare(case[0], call, contender), call)]
+                    for contender in ("ours", name) for call in [make(case)])
+    for a, b in zip(ours, theirs, strict=True):
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            raise ValueError("other numbers of its results than of ours are finite")
+        a, b = (torch.where(finite, x, 0).float() for x in (a, b))
+        found = max(found, float((b - a).norm() / a.norm().clamp_min(1e-30)))
     if not found <= DIFFERENCE:
         raise ValueError(f"its results differ from ours by {found:.1e}")
     return found
 
 
-def changes(kernel: Kernel, shape: Shape, dtype: torch.dtype, option: str, runs: int) -> int:
+def changes(case: Case, runs: int) -> int:
     """How many of so many runs of our forward and backward give other bits than the first."""
     first, changed = None, 0
     for _ in range(runs):
-        call = make(kernel, shape, dtype, option)
+        call = make(case)
         found = [x.detach().flatten().view(torch.uint8)
-                 for x in results(kernel, prepare(kernel, call, "ours"), call)]
+                 for x in results(case[0], prepare(case[0], call, "ours"), call)]
         first = first or found
         changed += not all(map(torch.equal, first, found))
     return changed
 
 
-def repeat_check(cases: list[tuple[Kernel, Shape, str, str]],
-                 runs: int) -> tuple[list[dict[str, Any]], bool]:
-    """Rows of how many of the runs changed, and whether none did that may not."""
-    rows, steady = [], True
-    for kernel, shape, dtype, option in cases:
-        promised = kernel.bench_options.get(option, {}).get("deterministic", True)
-        row = {"kernel": kernel.name, "options": option, "dtype": dtype, "runs": runs,
-               "shape": dict(zip(kernel.axes, shape, strict=True)), "deterministic": promised,
-               "changed": changes(kernel, shape, getattr(torch, dtype), option, runs)}
-        steady &= not (promised and row["changed"])
-        rows.append(row)
-        print(f"{title(row)} {row['changed']} of {runs} runs changed"
-              + ("" if promised else ", as they may"), flush=True)
-    return rows, steady
-
-
-def timed(run: Callable[[], Any], size: int, work: int, clock: Clock, copy: float,
-          product: float) -> dict[str, Any]:
-    """Time and memory of a call that must move `size` bytes and do `work` FLOPs, on a GPU that
-    copies and multiplies at these rates a second."""
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    samples = clock(run)
-    seconds = statistics.median(samples) / 1e3
-    # An op is bound by whichever of its floors takes longer at this GPU's own rates.
-    return {"milliseconds": seconds * 1e3, "gigabytes_per_second": size / seconds / 1e9,
-            "teraflops": work / seconds / 1e12,
-            "bound": "bytes" if size / copy >= work / product else "flops",
-            "share_of_ceiling": max(size / copy, work / product) / seconds,
-            "peak_bytes": peak, "samples_milliseconds": samples}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    def output(*command: str) -> str:
-        if shutil.which(command[0]) is None:
-            return f"{command[0]} not found"
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
-
-    return {"device": torch.cuda.get_device_name(), "python": platform.python_version(),
-            "capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda,
-            "driver": output("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem",
-                             "--format=csv,noheader"),
-            "versions": {name: version(name) for name in ("torch", "triton", "liger-kernel")},
-            "commit": output("git", "rev-parse", "HEAD"),
-            "changed": bool(output("git", "status", "--porcelain")),
-            "when": datetime.now(UTC).isoformat(timespec="seconds")}
+def repeat_check(case: Case, runs: int) -> dict[str, Any]:
+    """A row of how many of the runs changed."""
+    promised = case[0].bench_options.get(case[3], {}).get("deterministic", True)
+    row = facts(case) | {"runs": runs, "deterministic": promised, "changed": changes(case, runs)}
+    print(f"{title(row)} {row['changed']} of {runs} runs changed"
+          + ("" if promised else ", as they may"), flush=True)
+    return row
 
 
 def title(row: dict[str, Any]) -> str:
@@ -257,59 +218,158 @@ def table(rows: list[dict[str, Any]]) -> None:
               f"{100 * r['share_of_ceiling']:4.0f} % {r['peak_bytes'] / 1e6:9.1f} MB", flush=True)
 
 
-def cases(options: argparse.Namespace) -> list[tuple[Kernel, Shape, str, str]]:
-    """Kernel, shape, type and options of everything that was asked for."""
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Everything that was asked for: plain calls and the largest shapes first."""
     found = []
     for kernel in kernels():
         if options.kernel and kernel.name not in options.kernel:
             continue
-        pairs = SWEEPS.get(kernel.name, []) if options.sweep else itertools.product(
-            kernel.bench_shapes, ("", *kernel.bench_options))
-        found += [(kernel, shape, dtype, option) for shape, option in pairs
-                  for dtype in options.dtype
+        pairs = SWEEPS.get(kernel.name, []) if options.attention else itertools.product(
+            reversed(kernel.bench_shapes), ("", *kernel.bench_options))
+        found += [(place, (kernel, small(kernel) if options.dry_run else shape, dtype, option))
+                  for place, (shape, option) in enumerate(pairs) for dtype in options.dtype
                   if options.options is None or option in options.options]
+    if not options.attention:
+        found.sort(key=lambda one: (bool(one[1][3]), one[0]))
+    # A dry run meets the same small shape more than once.
+    return list({title(facts(case)): case for _, case in found}.values())
+
+
+def small(kernel: Kernel) -> Shape:
+    """The smallest test shape of those with more than one element in the most directions."""
+    return min(kernel.test_shapes, key=lambda shape: (shape.count(1), math.prod(shape)))
+
+
+def missing() -> dict[str, str]:
+    """Contenders that are not on this machine, and the line that mends it."""
+    found = {}
+    for name, package, line in (("liger", "liger_kernel", "pip install liger-kernel"),
+                                ("flash-attn 3", "flash_attn_interface",
+                                 "build Dao-AILab/flash-attention, folder hopper")):
+        if importlib.util.find_spec(package) is None:
+            found[name] = f"{package} is not installed ({line}): left out"
+            print(f"{name}: {found[name]}")
     return found
 
 
-def main() -> int:
+def compile_cases(todo: list[Case], contenders: list[str]) -> None:
+    """Run whatever compiles once, so that a later process finds it in the caches on disk."""
+    for case in todo:
+        for name in contenders:
+            if name in ("torch eager", "torch fused") or name.startswith("sdpa"):
+                continue
+            call = make(case)
+            try:
+                forward = prepare(case[0], call, name)
+                if forward is not None:
+                    for run in directions(case[0], forward, call).values():
+                        run()
+            except Exception as error:  # it is the timing's to report; here it costs time only
+                print(f"{title(facts(case))} {name}: {error}".splitlines()[0], flush=True)
+            forward = run = call = None
+            tidy()
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file (default: under bench/results/)")
     parser.add_argument("--kernel", nargs="*", help="only these")
     parser.add_argument("--options", nargs="*", help='only these; "" is the plain call')
-    parser.add_argument("--contender", nargs="*", default=CONTENDERS, choices=CONTENDERS)
+    parser.add_argument("--contender", nargs="*", choices=CONTENDERS)
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"],
                         choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--samples", type=int, default=50)
-    parser.add_argument("--sweep", action="store_true", help="at the shapes of SWEEPS")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for the samples of one call")
+    parser.add_argument("--attention", action="store_true", help="at the shapes of SWEEPS")
+    parser.add_argument("--limit", type=float, help="seconds after which no case is begun")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has")
+    parser.add_argument("--dry-run", action="store_true", help="on no GPU, small")
+    parser.add_argument("--compile", type=int, metavar="PROCESSES", help="fill caches only")
+    parser.add_argument("--share", help=argparse.SUPPRESS)
     parser.add_argument("--repeat-check", type=int, metavar="RUNS", help="compare bits only")
     options = parser.parse_args()
+    options.contender = options.contender or list(
+        OTHER_ATTENTION if options.attention else CONTENDERS)
+    return options
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same commit. Raises ValueError where it is another's."""
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["machine"]["commit"] != record.commit():
+        raise ValueError(f"--resume: {out} is of another commit; remove it or give another --out")
+    return list(found["results"])
+
+
+def failed(row: dict[str, Any]) -> bool:
+    """Whether a row says that ours is wrong: it, or torch's beside it, or bits that must not."""
+    if "changed" in row:
+        return bool(row["deterministic"] and row["changed"])
+    return "error" in row and (row["contender"] == "ours" or "differ" in row["error"])
+
+
+def runner(options: argparse.Namespace,
+           about: dict[str, Any]) -> Callable[[Case], list[dict[str, Any]]]:
+    """What makes the rows of a case; this GPU's rates go into `about`."""
+    if options.repeat_check:
+        return lambda case: [repeat_check(case, options.repeat_check)]
+    clock = Clock(options.samples, options.seconds, *([1 << 10] if options.dry_run else []))
+    ceilings = about["ceilings"] = rates(clock, *([1 << 10, 16] if options.dry_run else []))
+    print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
+          f"bfloat16 product {ceilings['bfloat16'] / 1e12:.0f} TFLOP/s")
+    return functools.partial(measure, contenders=options.contender, clock=clock,
+                             ceilings=ceilings)
+
+
+def go(options: argparse.Namespace, todo: list[Case], out: Path) -> int:
+    """Every case that the file has not, the file written after each; the exit code."""
+    began = time.monotonic()
+    rows = kept(out) if options.resume else []
+    done = {title(row) for row in rows}
+    about: dict[str, Any] = {"machine": machine(), "command": ["bench/kernels.py", *sys.argv[1:]],
+                             "dry_run": options.dry_run, "missing": missing()}
+    run = runner(options, about)
+    todo = [case for case in todo if title(facts(case)) not in done]
+    for number, case in enumerate(todo):
+        if options.limit and time.monotonic() - began > options.limit:
+            about["not_reached"] = [title(facts(case)).strip() for case in todo[number:]]
+            print(f"not reached in {options.limit:.0f} s: {len(todo) - number} cases")
+            break
+        made = run(case)
+        if not options.repeat_check:
+            table(made)
+        rows += made
+        record.write(out, about, rows)
+        if lost():
+            print(f"{title(facts(case))} took the CUDA context along; --resume goes on after it")
+            return LOST
+    record.write(out, about, rows)
+    print(f"written to {out}")
+    return 1 if any(map(failed, rows)) else 0
+
+
+def main() -> int:
+    options = parse()
     if not torch.cuda.is_available():
         print("bench/kernels.py times kernels on an NVIDIA GPU, and torch finds none here",
               file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    todo, record, steady = cases(options), {}, True
-    if options.repeat_check:
-        name = "repeats"
-        rows, steady = repeat_check(todo, options.repeat_check)
-    else:
-        name, rows = "sweep" if options.sweep else "kernels", []
-        clock = Clock(options.samples)
-        ceilings = record["ceilings"] = rates(clock)
-        print(f"{torch.cuda.get_device_name()}: copy {ceilings['copy'] / 1e9:.0f} GB/s, "
-              f"bfloat16 product {ceilings['bfloat16'] / 1e12:.0f} TFLOP/s")
-        for kernel, shape, dtype, option in todo:
-            made = measure(kernel, shape, getattr(torch, dtype), option, options.contender, clock,
-                           ceilings)
-            table(made)
-            rows += made
-    facts = machine()
-    slug = facts["device"].lower().replace("nvidia", "").strip().replace(" ", "-")
-    out = options.out or ROOT / "bench" / "results" / slug / f"{name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": facts, **record, "results": rows}, indent=1) + "\n")
-    print(f"written to {out}")
-    return 0 if steady else 1
+    todo = cases(options)
+    if options.share:
+        torch.cuda.set_per_process_memory_fraction(0.7 / options.compile)
+        compile_cases(record.shared(todo, options.share), options.contender)
+        return 0
+    if options.compile:
+        return record.in_processes(__file__, options.compile)
+    if options.dry_run and not options.out:
+        print("--dry-run: its figures mean nothing; say --out FILE, away from the results",
+              file=sys.stderr)
+        return 2
+    name = "repeats" if options.repeat_check else "attention" if options.attention else "kernels"
+    return go(options, todo, options.out or record.place(name))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Kernel:
     test_shapes: tuple[Shape, ...]
     """Small shapes: each non-empty, odd and single-element ones among them."""
     bench_shapes: tuple[Shape, ...]
-    """Shapes of real models."""
+    """Shapes of models, those of about 1 and 8 billion parameters among them; the largest last."""
     axes: tuple[str, ...]
     """What each number of a shape means."""
     floor_bytes: Callable[..., int]

@@ -346,7 +346,7 @@ LINEAR: dict[str, Any] = {
     "reference": linear_reference, "floor_flops": linear_flops,
     "test_shapes": ((1, 1, 32), (5, 7, 64), (17, 33, 96), (3, 70, 192)),
     "empty_shapes": ((0, 3, 32),),
-    "bench_shapes": ((16, 4096, 4096), (8192, 4096, 4096)),
+    "bench_shapes": ((16, 4096, 4096), (8192, 2048, 2048), (8192, 4096, 4096)),
     "traffic_shapes": ((16, 512, 512), (1536, 256, 512)),
     "audit_shapes": ((16, 256, 256), (128, 256, 256)),
 }
@@ -355,7 +355,7 @@ KERNELS = (
            inputs=dequantize_inputs, axes=("out_features", "in_features"),
            test_shapes=((1, 32), (7, 96), (33, 64), (5, 320)),
            empty_shapes=((0, 32),),
-           bench_shapes=((4096, 4096), (14336, 4096)),
+           bench_shapes=((8192, 2048), (14336, 4096)),
            traffic_shapes=((256, 512), (4096, 512)),
            audit_shapes=((64, 4096),),
            variants={"one scale": {"double_quant": False}, "int8": {"quantize": quantize_int8},

@@ -77,7 +77,7 @@ KERNEL = Kernel(
     axes=("rows", "hidden_size"),
     test_shapes=((1, 2), (3, 7), (5, 64), (33, 100), (2, 1025), (3, 8193)),
     empty_shapes=((0, 8), (2, 0)),
-    bench_shapes=((16384, 512), (16384, 4096), (8192, 8192)),
+    bench_shapes=((16384, 512), (8192, 8192), (16384, 2048), (16384, 4096)),
     traffic_shapes=((256, 512), (4096, 512)),
     bench_options={"residual": {"residual": True, "prenorm": True},
                    "fp32 residual": {"residual": True, "residual_dtype": torch.float32,
