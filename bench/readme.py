@@ -1,7 +1,7 @@
 """Writes the tables of the pages from the JSON files under bench/results; `--check` only compares.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench -->`. No measured figure in README.md
-or docs/kernels.md is typed by hand: tests/test_readme.py runs the check.
+or docs is typed by hand: tests/test_readme.py runs the check.
 """
 
 import argparse
@@ -11,22 +11,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import gpu_tables  # noqa: E402
+from tables import RESULTS, ROOT, load, table  # noqa: E402
+
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md"
-                                 for name in ("kernels", "distributed", "finetuning")))
+                                 for name in ("kernels", "tuning", "distributed", "finetuning")))
 SECTION = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-
-
-def load(name: str) -> dict:
-    """A result file by its path under bench/results, without the ending."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def train() -> str:
@@ -342,7 +334,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train": train, "optim": optim, "attention": attention, "zero": zero, "wire": wire,
     "demo": demo, "traffic": traffic, "products": products, "above_floor": above_floor,
     "memory": memory, "audit": audit, "attention_code": attention_code, "real": real,
-    "finetune": finetune}
+    "finetune": finetune, **gpu_tables.SECTIONS}
 
 
 def render(text: str) -> str:
