@@ -14,7 +14,7 @@ before options, and what is not reached is listed.
 
 Before its calls each tool is given a kernel with a fault planted. A tool that does not report it
 sees nothing here, and is said to: exit code 1, as where a kernel of ours has a finding or fails.
-Results go to bench/results/<GPU>/sanitize.json: the machine, the tool's version, and for each tool
+Results go to bench/results/<GPU>/sanitizer.json: the machine, the tool's version, and for each tool
 its control, calls, findings with the first report of each kind, seconds and what was not reached.
 --dry-run: no GPU and no tool, but the same calls in Triton's interpreter. Without a GPU or without
 compute-sanitizer: one line and exit code 2.
@@ -57,9 +57,11 @@ SPOILT = 3
 """Exit code of a process of calls whose CUDA context an error took along."""
 START = 15.0
 """Seconds that a process needs before its first call: with less left none is started."""
-GRACE = 60.0
+GRACE = 8.0
 """Seconds over its limit that a process has before it is killed."""
-SAYS = "@sanitize "
+END = 5.0
+"""Seconds of the limit that are kept for ending."""
+SAYS = "@says "
 """What a line begins with by which the process of calls tells where it is."""
 FLUSH = 0.01
 """Seconds after a call in which the sanitizer, another process, writes what it found in it."""
@@ -219,11 +221,15 @@ def calls(file: Path, limit: float) -> int:
     if told.get("machine"):
         say(machine=machine(), gpu=torch.cuda.get_device_name() if device == "cuda" else "")
     if told.get("control"):
+        problem = ""
         try:
             plant(told["control"])
         except Exception as error:  # under the tool this may well be what it reports
-            say(control=f"{type(error).__name__}: {error}".splitlines()[0])
-        return 0
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        time.sleep(FLUSH)
+        say(control=problem)
+        if problem and device == "cuda" and not alive():
+            return SPOILT
     registry = {kernel.name: kernel for kernel in kernels()}
     for number, fields in told["cases"]:
         case = Case(**fields | {"shape": tuple(fields["shape"])})
@@ -392,19 +398,30 @@ def child(told: dict[str, Any], limit: float, folder: Path) -> list[str]:
             "--limit", f"{limit:.1f}"]
 
 
+def stop(pid: int) -> None:
+    """Kill a process with all that it started: a tool has the calls made in another process."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    for child in children.get(pid, []):
+        stop(child)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def watch(words: list[str], env: dict[str, str], limit: float,
           feed: Callable[[str], None]) -> int | None:
     """Run a command and hand on each line of its output; its exit code, None where it was killed
     for going GRACE over its limit."""
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ | env, text=True, bufsize=1,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
-                               start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     killed = threading.Event()
 
     def kill() -> None:
         killed.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        stop(process.pid)
 
     timer = threading.Timer(limit + GRACE, kill)
     timer.start()
@@ -425,17 +442,20 @@ def numbered(cases: list[Case], numbers: Iterable[int]) -> list[Any]:
 
 
 def pursue(cases: list[Case], numbers: list[int], before: list[str], env: dict[str, str],
-           until: float, folder: Path) -> tuple[Reader, dict[int, str], list[str]]:
-    """Make calls until they are made or the time is up, with a new process after one that died.
+           until: float, folder: Path, control: str = "") -> tuple[Reader, dict[int, str],
+                                                                  list[str]]:
+    """Make calls until they are made or the time is up, with a new process after one that died;
+    before them that of the control, if a tool is named.
 
     Returns what was read, the cases that a process died of and how, and what was not understood.
     """
     reader, died, odd = Reader(cases), {}, []
     while numbers and (left := until - time.monotonic()) > START:
         reader.ended, reader.under_way, reader.summary = False, None, None
-        known, before_it = len(reader.findings), len(reader.done) + len(reader.failed)
-        words = before + child({"cases": numbered(cases, numbers)}, left, folder)
-        code = watch(words, env, left, reader.feed)
+        known, made = len(reader.findings), len(reader.done) + len(reader.failed)
+        told = {"cases": numbered(cases, numbers),
+                "control": "" if "control" in reader.said else control}
+        code = watch(before + child(told, left, folder), env, left, reader.feed)
         if (code == FOUND or reader.summary) and len(reader.findings) == known:
             odd.append(f"exit code {code}, {reader.summary} errors by the tool's own count, but no "
                        "report was understood: " + " | ".join(reader.last[-8:]))
@@ -446,25 +466,24 @@ def pursue(cases: list[Case], numbers: list[int], before: list[str], env: dict[s
             died[reader.under_way[0]] = f"{reader.under_way[1]}: {how}"
         numbers = [n for n in numbers
                    if n not in died and n not in reader.failed and n not in set(reader.done)]
-        if len(reader.done) + len(reader.failed) == before_it and reader.under_way is None:
+        stuck = len(reader.done) + len(reader.failed) == made and reader.under_way is None
+        if stuck and not (told["control"] and "control" in reader.said):
             odd.append(f"no call was made: {how}: " + " | ".join(reader.last[-8:]))
             break
     return reader, died, odd
 
 
-def control(tool: str, before: list[str], env: dict[str, str], limit: float,
-            folder: Path) -> tuple[str, list[str]]:
-    """Whether the tool sees a fault: "seen", "not seen" or "left out: WHY"; and its report."""
-    reader = Reader([])
-    words = before + child({"control": tool}, limit, folder)
-    code = watch(words, env, limit, reader.feed)
+def judged(tool: str, reader: Reader) -> tuple[str, list[str]]:
+    """Of the control: "seen", "not seen", "not reached" or "left out: WHY"; and its report."""
     for one in reader.findings:
         if one.function.split("(")[0] == PLANTED[tool]:
             return "seen", one.text
-    # A fault that cannot be compiled here says nothing of the tool; a Triton one always can.
-    if "control" in reader.said and tool in ("racecheck", "synccheck") and not reader.findings:
+    if "control" not in reader.said:
+        return "not reached", reader.last[-12:]
+    # A fault that cannot be compiled here says nothing of the tool; one in Triton always can.
+    if reader.said["control"] and tool in ("racecheck", "synccheck"):
         return f"left out: {reader.said['control']}", []
-    return "not seen", [f"exit code {code}", *reader.last[-12:]]
+    return "not seen", [reader.said["control"] or "it ran", *reader.last[-12:]]
 
 
 def check(tool: str, binary: str, cases: list[Case], ours: dict[str, str], until: float,
@@ -476,9 +495,10 @@ def check(tool: str, binary: str, cases: list[Case], ours: dict[str, str], until
     env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if (home / "include").is_dir():  # where torch's compiler of CUDA C++ finds headers
         env["CUDA_HOME"] = os.environ.get("CUDA_HOME", str(home))
-    seen, report = control(tool, before, env, max(START, until - began), folder)
-    reader, died, odd = pursue(cases, list(range(len(cases))), before, env, until, folder)
-    mine, others = split(reader.findings, ours)
+    reader, died, odd = pursue(cases, list(range(len(cases))), before, env, until, folder, tool)
+    seen, report = judged(tool, reader)
+    mine, others = split([one for one in reader.findings
+                          if one.function.split("(")[0] not in PLANTED.values()], ours)
     reached = {*reader.done, *reader.failed, *died}
     return {"control": seen, "control_report": report, "calls": reader.calls,
             "cases": len(cases), "done": len(reader.done), "errors": len(mine),
@@ -509,11 +529,12 @@ def wrong(row: dict[str, Any]) -> bool:
 def show(tool: str, row: dict[str, Any]) -> Iterator[str]:
     """A tool's row for people."""
     sees = {"seen": "the planted fault is reported",
+            "not reached": "the control was not reached",
             "not seen": "SEES NOTHING HERE: the planted fault is not reported"}
     yield (f"{tool}: {row['calls']} calls of {row['done']} cases of {row['cases']}, "
            f"{row['errors']} errors, {row['errors_of_other_code']} of other code, "
            f"{row['seconds']:.0f} s; {sees.get(row['control'], 'control ' + row['control'])}")
-    if row["control"] == "not seen":
+    if row["control"] in ("not seen", "not reached"):
         yield from (f"        {line}" for line in row["control_report"])
     for one in row["findings"]:
         yield (f"    {one['function']} in {one['file'] or '?'}: {one['kind']}, {one['reports']} "
@@ -598,7 +619,7 @@ def main(given: list[str] | None = None) -> int:
         return calls(options.run, options.limit)
     cases = plan([k for k in kernels() if not options.kernel or k.name in options.kernel],
                  options.large)
-    until = began + options.limit
+    until = began + options.limit - END
     with tempfile.TemporaryDirectory(prefix="sanitize-") as place:
         folder = Path(place)
         if options.dry_run:
@@ -617,7 +638,7 @@ def main(given: list[str] | None = None) -> int:
                                   "shapes": "largest" if options.large else "smallest useful",
                                   "limit": options.limit, "tools": {}}
         print(f"{found['gpu']}; {result['sanitizer']}; {len(cases)} cases")
-        out = options.out or record.RESULTS / record.slug(found["gpu"]) / "sanitize.json"
+        out = options.out or record.RESULTS / record.slug(found["gpu"]) / "sanitizer.json"
         if options.compile:
             # Half of the time at most: a tool that has to compile as well is slow, but works.
             row = alone(cases, options.compile, {}, began + options.limit / 2, folder)
