@@ -25,8 +25,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ import triton  # noqa: E402
 from peers import prepare  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from fastllm.kernels import _triton  # noqa: E402
@@ -63,48 +64,61 @@ FLOAT64 = r"\bD(?:ADD|MUL|FMA|SETP|MNMX|MMA)\b|\bMUFU\.\w*64H\b|\.F64\b"
 TILE_16 = r"tensor<(?:\d+x)*(\d+)x!tt\.ptr<b?f16>"
 
 
-def launches(kernel: Kernel, contender: str,
-             arch: int) -> dict[str, tuple[JITFunction, tuple, dict]]:
-    """What the launchers launch on an architecture, by "OPTIONS SHAPE FUNCTION"."""
-    recorded: list[tuple[JITFunction, tuple, dict]] = []
+@contextmanager
+def recording(arch: int) -> Iterator[list[tuple[JITFunction, tuple, dict, Any]]]:
+    """Inside, launches are for an architecture and are noted, with their grids, but not made."""
+    recorded: list[tuple[JITFunction, tuple, dict, Any]] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        recorded.append((self, args, kwargs))
+        recorded.append((self, args, kwargs, grid))
 
     stock, JITFunction.run = JITFunction.run, record
     reason, _triton.why_not = _triton.why_not, lambda device: ""
     target, _triton.TARGET = _triton.TARGET, arch
-    found, seen = {}, set()
     try:
+        yield recorded
+    finally:
+        JITFunction.run, _triton.why_not, _triton.TARGET = stock, reason, target
+
+
+def launches(kernel: Kernel, contender: str,
+             arch: int) -> dict[str, tuple[JITFunction, tuple, dict]]:
+    """What the launchers launch on an architecture, by "OPTIONS SHAPE FUNCTION"."""
+    found, seen = {}, set()
+    with recording(arch) as recorded:
         for options in ("", *kernel.bench_options):
             for shape in kernel.audit_shapes:
                 recorded.clear()
-                _call(kernel, options, shape, contender)
+                dtype = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else kernel.dtypes[0]
+                call(kernel, kernel.bench_options.get(options, {}), shape, dtype, contender)
                 label = f"{options} {'x'.join(map(str, shape))}".strip()
-                for function, args, kwargs in recorded:
-                    source, choice = specialised(function, args, kwargs, arch)
+                for function, args, kwargs, _ in recorded:
+                    same = identity(function, args, kwargs, arch)
                     name = f"{label} {function.__name__}"
-                    same = source.hash() + str(sorted(choice.items()))
                     if same not in seen:
                         seen.add(same)
                         times = sum(key.split(" #")[0] == name for key in found)
                         found[name + (f" #{times + 1}" if times else "")] = function, args, kwargs
-    finally:
-        JITFunction.run, _triton.why_not, _triton.TARGET = stock, reason, target
     return found
 
 
-def _call(kernel: Kernel, options: str, shape: tuple[int, ...], contender: str) -> None:
-    dtype = torch.bfloat16 if torch.bfloat16 in kernel.dtypes else kernel.dtypes[0]
-    call = kernel.inputs(shape, dtype, "cpu", torch.Generator().manual_seed(0),
-                         **kernel.bench_options.get(options, {}))
-    forward = prepare(kernel, call, contender)
+def identity(function: JITFunction, args: tuple, kwargs: dict, arch: int) -> str:
+    """The same for two launches that Triton compiles once."""
+    source, choice = specialised(function, args, kwargs, arch)
+    return source.hash() + str(sorted(choice.items()))
+
+
+def call(kernel: Kernel, options: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype,
+         contender: str) -> None:
+    """A kernel forward and, where it has one, backward; options are those of its inputs."""
+    made = kernel.inputs(shape, dtype, "cpu", torch.Generator().manual_seed(0), **options)
+    forward = prepare(kernel, made, contender)
     if forward is None:
         return
     outputs = [x for x in tree_leaves(forward())
                if isinstance(x, torch.Tensor) and x.requires_grad]
     if outputs and not kernel.mutates:
-        torch.autograd.grad(outputs, call.differentiated(), [torch.ones_like(x) for x in outputs],
+        torch.autograd.grad(outputs, made.differentiated(), [torch.ones_like(x) for x in outputs],
                             allow_unused=True)
 
 
@@ -139,16 +153,31 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
 
 def examine(function: JITFunction, args: tuple, kwargs: dict, arch: int) -> dict[str, Any]:
     """Compile one launch; the facts of its machine code."""
+    return facts_of(build(function, args, kwargs, arch), arch)
+
+
+def build(function: JITFunction, args: tuple, kwargs: dict, arch: int) -> CompiledKernel:
     source, options = specialised(function, args, kwargs, arch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(compiled: CompiledKernel, tool: str, *flags: str) -> str:
+    """What one of NVIDIA's tools prints of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True,
-                                      text=True, check=True).stdout for tool, *flags in (
-            ("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf")))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    registers, stack = int(found[1]), int(found[2])
+        return subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True,
+                              check=True).stdout
+
+
+def usage(compiled: CompiledKernel) -> tuple[int, int]:
+    """Registers, and bytes of stack, of a thread."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", inspect(compiled, "cuobjdump", "-res-usage"))
+    return int(found[1]), int(found[2])
+
+
+def facts_of(compiled: CompiledKernel, arch: int) -> dict[str, Any]:
+    (registers, stack), code = usage(compiled), inspect(compiled, "nvdisasm", "-c", "-ndf")
     ttir, metadata = compiled.asm["ttir"], compiled.metadata
 
     def count(pattern: str) -> int:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import audit
+import audit_calls
 import kernel_check as kc
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {"warps": 8, "registers": 40, "stack": 0, "spills": 0, "shared": 0, "occupancy": 0.75,
@@ -17,16 +19,22 @@ CLEAN = {"warps": 8, "registers": 40, "stack": 0, "spills": 0, "shared": 0, "occ
          "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True, "row_stores": True}
 
 
+def compiling(cache, script, *arguments):
+    """What a script prints where the interpreter is off."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")]),
+                    "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, str(script), *arguments], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """Facts of the kernels of planted.py, by name and architecture."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")]),
-                    "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("planted.py")), "80", "90"],
-                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(compiling(tmp_path_factory.mktemp("triton"),
+                                Path(__file__).with_name("planted.py"), "80", "90"))
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
@@ -97,3 +105,39 @@ def test_occupancy_is_what_the_scarcest_resource_leaves():
     assert audit.occupancy(90, 32, 100 << 10, 4) == 2 * 4 / 64
     assert audit.occupancy(80, 32, 100 << 10, 4) == 1 * 4 / 64
     assert audit.occupancy(90, 16, 0, 1) == 0.5  # 32 blocks at most
+
+
+def test_what_a_gpu_would_refuse_of_any_call_is_told(tmp_path):
+    *wrong, summary, memory = compiling(tmp_path, Path(__file__).with_name(
+        "planted_calls.py")).splitlines()
+    for fault, says in (("broken", "does not compile: CompilationError: ^ / NameError"),
+                        ("grid", "its grid is (1, 65536)"),
+                        ("shared", "262144 bytes of shared memory, above 232448"),
+                        ("raises", "cannot be recorded: ValueError: because")):
+        assert any(line.startswith(f"WRONG toy {fault} bfloat16 4x5") and says in line
+                   for line in wrong), fault
+    assert len(wrong) == 4 and "3 launches, 4 wrong" in summary
+    assert int(memory.split()[1]) < 4 << 20, "large tensors were written to"
+
+
+def test_every_call_that_tests_and_benchmarks_make_is_one_of_those_compiled():
+    for kernel in kc.KERNELS:
+        made = [(name, shape, dtype) for name, shape, dtype, _ in audit_calls.calls(kernel, False)]
+        assert len(set(made)) == len(made)
+        middle = kernel.test_shapes[len(kernel.test_shapes) // 2]
+        for dtype in kernel.dtypes:
+            assert {("", shape, dtype) for shape in kernel.test_shapes} <= set(made)
+            assert {(name, middle, dtype) for name in kernel.variants} <= set(made)
+        for shape in kernel.bench_shapes:
+            assert {(f"bench {name}".strip(), shape) for name in ("", *kernel.bench_options)} <= {
+                case[:2] for case in made}
+
+
+def test_large_tensors_are_not_computed_and_small_ones_are():
+    with audit_calls.Untouched():
+        large, small = torch.arange(1 << 24) + 1, torch.arange(5) + 1
+        total = large.sum()
+        part = large[:3]
+    assert large.shape == (1 << 24,) and large.dtype == torch.int64
+    assert small.tolist() == [1, 2, 3, 4, 5]
+    assert total.item() == 0 and part.data_ptr() == large.data_ptr()
