@@ -385,7 +385,7 @@ def command(tool: str, binary: str, names: Iterable[str]) -> list[str]:
             # Torch's kernels are many and slow under a tool, and not what is in question.
             "--kernel-name", f"regex=^({'|'.join(map(re.escape, names))})$",
             # A kernel that fails must not take those after it along.
-            "--destroy-on-device-error", "kernel",
+            "--destroy-on-device-error", "kernel", "--target-processes", "application-only",
             "--print-limit", "0", "--show-backtrace", "device", "--check-exit-code", "no",
             *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
 
