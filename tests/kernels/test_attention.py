@@ -22,11 +22,12 @@ from fastllm.kernels import _attention_launch, _attention_tables, _triton
 from fastllm.kernels import attention as module
 from fastllm.kernels._attention_tables import Tiles
 from fastllm.kernels._attention_tiles import locate
-from fastllm.kernels._triton import jit, tl
+from fastllm.kernels._triton import INTERPRETED, jit, tl
 
 DEVICE = kc.DEVICE
 attention, reference = module.attention, module.reference
 INF = math.inf
+metered = pytest.mark.skipif(not INTERPRETED, reason="the meter counts in the interpreter")
 
 
 @contextmanager
@@ -237,16 +238,17 @@ def test_a_bad_document_spoils_itself_alone(arch, bad):
         assert not a[13:33].isfinite().all()
 
 
+@metered
 def test_padding_costs_nothing():
     """A tail's programs write zeros: they read no keys and multiply nothing."""
     with tiles(arch=80):
-        metered = []
+        launched = []
         for tail in (0, 64):
             tensors, ends = packed([32, 48], tail)
             with Meter() as meter:
                 run(attention, tensors, cu_seqlens_q=ends, causal=True)
-            metered.append([launch for launch in meter.launches if "plan" not in launch.name])
-        for short, long in zip(*metered, strict=True):
+            launched.append([launch for launch in meter.launches if "plan" not in launch.name])
+        for short, long in zip(*launched, strict=True):
             assert short.name == long.name
             assert long.flops == short.flops
             if "rows" not in short.name:
@@ -275,8 +277,9 @@ def test_only_padding(arch, lengths):
 def test_windows_are_masks(arch, queries, keys, window):
     """Against torch's attention with the mask spelled out; queries that see nothing apart."""
     q, k, v = (drawn(1, n, 2, 16, seed=i) for i, n in enumerate((queries, keys, keys)))
-    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
-    mask = torch.ones(queries, keys, dtype=torch.bool)
+    own, other = (torch.arange(n, device=DEVICE) for n in (queries, keys))
+    distance = other - own[:, None] - (keys - queries)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=DEVICE)
     mask &= (distance >= -window[0]) | (window[0] < 0)
     mask &= (distance <= window[1]) | (window[1] < 0)
     some = mask.any(1)
@@ -289,6 +292,7 @@ def test_windows_are_masks(arch, queries, keys, window):
     assert not got[:, ~some].any()
 
 
+@metered
 def test_blocks_that_nobody_sees_are_not_read():
     """K and V as often as the tiling predicts, and products for the visible blocks alone."""
     tokens, dim, block = 80, 16, 16
@@ -311,6 +315,7 @@ def test_blocks_that_nobody_sees_are_not_read():
                 assert rows <= launch.loaded <= rows + 4 * 3 * block * (blocks + count) + 64 * count
 
 
+@metered
 @ARCHITECTURES
 def test_results_are_written_once(arch):
     q, k, v = (drawn(1, 48, h, 16, seed=i, dtype=torch.bfloat16) for i, h in enumerate((4, 2, 2)))

@@ -11,6 +11,11 @@ from fastllm.kernels import lora, quant
 KERNEL = lora.KERNEL
 
 
+def drawn(*shape):
+    generator = torch.Generator(kc.DEVICE).manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device=kc.DEVICE)
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"frozen": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_inputs_accumulate_in_place(dtype, options, monkeypatch):
@@ -32,8 +37,7 @@ def test_only_what_is_asked_for_is_computed():
 
 def test_zero_b_is_the_base_layer():
     """peft starts with B = 0: the layer must then be the base layer, bit for bit."""
-    x, weight = torch.randn(6, 64), torch.randn(10, 64)
-    a, b = torch.randn(4, 64), torch.zeros(10, 4)
+    x, weight, a, b = drawn(6, 64), drawn(10, 64), drawn(4, 64), drawn(10, 4) * 0
     with ops.use_backend("triton", "lora_linear"):
         with_term = ops.lora_linear(x, weight, a, b, scale=2.0)
         without = ops.lora_linear(x, weight, torch.zeros_like(a), b)
@@ -41,8 +45,8 @@ def test_zero_b_is_the_base_layer():
 
 
 def test_leading_dimensions_and_strides():
-    x = torch.randn(3, 2, 64).transpose(0, 1)
-    weight, a, b = torch.randn(10, 64), torch.randn(4, 64), torch.randn(10, 4)
+    x = drawn(3, 2, 64).transpose(0, 1)
+    weight, a, b = drawn(10, 64), drawn(4, 64), drawn(10, 4)
     with ops.use_backend("triton", "lora_linear"):
         y = ops.lora_linear(x, weight, a, b)
     assert y.shape == (2, 3, 10)
@@ -50,9 +54,9 @@ def test_leading_dimensions_and_strides():
 
 
 def test_under_autocast_all_factors_are_cast():
-    x, weight, a, b = (torch.randn(*shape) for shape in ((5, 64), (10, 64), (4, 64), (10, 4)))
+    x, weight, a, b = (drawn(*shape) for shape in ((5, 64), (10, 64), (4, 64), (10, 4)))
     for backend in ("triton", "reference"):
-        with ops.use_backend(backend, "lora_linear"), torch.autocast("cpu", torch.bfloat16):
+        with ops.use_backend(backend, "lora_linear"), torch.autocast(kc.DEVICE, torch.bfloat16):
             y = ops.lora_linear(x, weight, a, b)
         assert y.dtype == torch.bfloat16
         wanted = lora.reference(x, weight, a, b)
@@ -72,7 +76,7 @@ def test_a_frozen_base_keeps_no_dense_weight(quantize):
 
 
 def test_what_does_not_fit_is_named():
-    x, weight, a, b = (torch.randn(*shape) for shape in ((5, 64), (10, 64), (4, 64), (10, 4)))
+    x, weight, a, b = (drawn(*shape) for shape in ((5, 64), (10, 64), (4, 64), (10, 4)))
     with ops.use_backend("triton", "lora_linear"):
         with pytest.raises(ValueError, match=r"lora_linear: x \(5, 64\).*lora_b \(4, 10\)"):
             ops.lora_linear(x, weight, a, b.t())

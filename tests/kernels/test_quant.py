@@ -16,6 +16,11 @@ def weight(rows=32, columns=256, seed=0):
     return torch.randn(rows, columns, generator=generator) * 0.02
 
 
+def on_device(quantized):
+    return type(quantized)(*(part.to(kc.DEVICE) if isinstance(part, torch.Tensor) else part
+                             for part in quantized))
+
+
 def test_nf4_holds_the_nearest_code_of_every_number():
     w = weight()
     plain = ops.quantize_nf4(w, double_quant=False)
@@ -71,8 +76,7 @@ def test_many_rows_and_few_take_different_ways_to_one_result(quantize, backend, 
     quantized = quantize(weight(40, 128))
     linear = ops.nf4_linear if quantize is ops.quantize_nf4 else ops.int8_linear
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(kc.DEVICE)
-    quantized = type(quantized)(*(part.to(kc.DEVICE) if isinstance(part, torch.Tensor) else part
-                                  for part in quantized))
+    quantized = on_device(quantized)
     results = []
     for most in (1024, 0):
         monkeypatch.setattr(quant, "FUSED_ROWS", most)
@@ -89,9 +93,9 @@ def test_many_rows_and_few_take_different_ways_to_one_result(quantize, backend, 
 
 @BOTH
 def test_leading_dimensions_and_bias(quantize):
-    quantized = quantize(weight(24, 64))
+    quantized = on_device(quantize(weight(24, 64)))
     linear = ops.nf4_linear if quantize is ops.quantize_nf4 else ops.int8_linear
-    x, bias = torch.randn(2, 3, 64), torch.randn(24)
+    x, bias = torch.randn(2, 3, 64, device=kc.DEVICE), torch.randn(24, device=kc.DEVICE)
     with ops.use_backend("triton"):
         y = linear(x, quantized, bias=bias)
     assert y.shape == (2, 3, 24)

@@ -59,14 +59,16 @@ def plain_attention(q, k, v, sinks=None, *, causal=False, window=None, softcap=N
         # Nothing, of every input.
         none = 0 * sum(x.sum() for x in (q, k, v, sinks) if x is not None)
         tail = q[ends[0][-1]:] * 0 + none
-        alone = torch.full((q.shape[1],), -torch.inf) if sinks is None else sinks
+        alone = sinks if sinks is not None else torch.full(
+            (q.shape[1],), -torch.inf, device=q.device)
         nothing = alone[:, None] + tail.sum(-1).t().to(lses[0].dtype if lses else torch.float32)
         return torch.cat([*outs, tail]), torch.cat([*lses, nothing], 1)
     queries, keys = q.shape[1], k.shape[1]
     left, right = (-1, -1) if window is None else window
     right = 0 if causal else right
-    own, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-    mask = torch.ones(queries, keys, dtype=torch.bool)
+    own, key = (torch.arange(n, device=q.device) for n in (queries, keys))
+    own = own[:, None] + keys - queries
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     mask = mask & (key >= own - left) if left >= 0 else mask
     mask = mask & (key <= own + right) if right >= 0 else mask
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
