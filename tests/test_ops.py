@@ -12,6 +12,7 @@ from fastllm.kernels import attention as _attention
 from fastllm.ops import _dispatch, _plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 HAVE_CPP = DEVICE == "cpu" and cpu.available()
 
 
@@ -210,7 +211,7 @@ def test_grad_norm(op, backend):
 
 @for_each("grad_norm")
 def test_grad_norm_does_not_depend_on_threads(op, backend):
-    grads = [torch.randn(70_001, generator=torch.Generator().manual_seed(i)) * 10**i
+    grads = [torch.randn(70_001, generator=torch.Generator().manual_seed(i)).to(DEVICE) * 10**i
              for i in range(3)]
     before = torch.get_num_threads()
     norms = set()

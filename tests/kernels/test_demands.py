@@ -130,7 +130,6 @@ def test_gradients_of_float64(kernel):
         assert torch.autograd.gradcheck(function, inputs, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(kc.DEVICE != "cuda", reason="needs an NVIDIA GPU")
 @by_kernel
 def test_captured_in_a_cuda_graph(kernel):

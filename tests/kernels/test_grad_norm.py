@@ -41,8 +41,10 @@ def test_clips_as_torch_does():
     assert torch.equal(ops.grad_norm(grads), norm)
 
 
-def test_a_norm_of_many_elements_is_exact():
+def test_a_norm_of_many_elements_is_exact(backend):
     """Equal squares are where a long float32 sum goes wrong: the error stays near one rounding."""
+    if backend == "reference" and kc.DEVICE != "cpu":
+        pytest.skip("there the reference is torch's sum of squares in float32, which says less")
     grad = torch.full(((1 << 20) + 3,), 0.1, device=kc.DEVICE)
     exact = float(grad[0].double()) * math.sqrt(grad.numel())
     assert ops.grad_norm([grad]).item() == pytest.approx(exact, rel=3e-7)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_check as kc
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +113,10 @@ def suite(house: Path, tests: str) -> subprocess.CompletedProcess:
         cwd=house, env=environment, capture_output=True, text=True, timeout=500)
 
 
+# On a GPU a missing mask writes over a neighbour, and what that comes to is luck.
+interpreted = pytest.mark.skipif(kc.DEVICE != "cpu", reason="the interpreter sees every access")
+
+
 @pytest.fixture
 def house(tmp_path):
     """The project with a copy of kernels/ that may be changed."""
@@ -131,6 +136,7 @@ def test_the_text_is_there(wrong, file, tests, before, after):
     assert before != after
 
 
+@interpreted
 @pytest.mark.battery
 @pytest.mark.parametrize(("wrong", "file", "tests", "before", "after"), BUGS,
                          ids=[bug[0] for bug in BUGS])
@@ -142,6 +148,7 @@ def test_the_suite_catches(house, wrong, file, tests, before, after):
     assert caught, f"{done.returncode}, not caught: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
+@interpreted
 @pytest.mark.battery
 def test_a_sound_copy_passes(house):
     """What fails above fails for its bug."""
