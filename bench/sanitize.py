@@ -266,7 +266,7 @@ PLACE = re.compile(r"\bat (?P<name>\S.*?)\+0x(?P<offset>[0-9a-f]+)"
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 # Titles that are no finding; and those by which the tool says that it could not work.
 CHATTER = re.compile(r"COMPUTE-SANITIZER|(?:ERROR|RACECHECK|LEAK) SUMMARY|Target application|"
-                     r"WARNING: \d+ errors were not|$")
+                     r"Tracking kernels|WARNING: \d+ errors were not|$")
 TROUBLE = re.compile(r"Internal Sanitizer|Internal error|Error: (?!Race|Potential|\(Warp)|"
                      r"Device not supported|Target application terminated before|"
                      r"Maximum number of hazards")
@@ -387,6 +387,8 @@ def command(tool: str, binary: str, names: Iterable[str]) -> list[str]:
             # A kernel that fails must not take those after it along.
             "--destroy-on-device-error", "kernel", "--target-processes", "application-only",
             "--print-limit", "0", "--show-backtrace", "device", "--check-exit-code", "no",
+            # The default of 10 seconds may pass before Python has imported torch.
+            "--launch-timeout", "120",
             *(["--report-api-errors", "no"] if tool == "memcheck" else [])]
 
 

@@ -211,6 +211,19 @@ def test_where_a_report_is_of(lines, function, file, line):
     assert (found.function, found.file, found.line) == (function, file, line)
 
 
+def test_what_is_said_around_the_reports_is_no_finding():
+    reader = bench.Reader([])
+    for line in ("COMPUTE-SANITIZER", "", "Target application returned an error",
+                 "Error: Target application terminated before first instrumented API call",
+                 "Tracking kernels launched by child processes requires the --target-processes all "
+                 "option.", "Error: couldn't find exit code.", "ERROR SUMMARY: 3 errors",
+                 "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"):
+        reader.feed(f"========= {line}\n")
+    assert not reader.findings and reader.summary == 5
+    assert reader.trouble == ["Error: Target application terminated before first instrumented API "
+                              "call", "Error: couldn't find exit code."]
+
+
 def test_without_the_tool_or_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "find", lambda *names: None)
     assert bench.main([]) == 2
