@@ -6,15 +6,14 @@
 torch then reports one CUDA device. Its tensors lie in the CPU's memory under a tag on their
 storage, so that views keep it; copies to and from the CPU are real copies. A function mode answers
 for their device and refuses what CUDA refuses: tensors of both devices in one call, numpy, a
-generator of the other device, waiting inside of a CUDA graph's capture. Triton kernels run in the
-interpreter and refuse CPU tensors. A captured graph keeps the calls and makes them again.
+generator of the other device, waiting while a CUDA graph is captured. Triton kernels run in the
+interpreter and refuse CPU tensors. A captured graph keeps its calls and makes them again.
 
 What it cannot find: faults of machine code, of shared memory, of registers and of timing; races
 between programs, streams or host and device; what other sums a GPU's own products and reductions
 give; what CUDA's operators lack. torch.compile runs eagerly, for Inductor cannot make CUDA code
-here, and opcheck and torch.export see CPU tensors. C++ that makes tensors for Python without a call
-from Python, such as hooks on gradients, may give them without a tag where autograd did not start
-from a tagged tensor. Threads and processes that a program starts see no GPU.
+here; opcheck and torch.export see CPU tensors. Threads and processes that a program starts see no
+GPU, and tensors that C++ hands to a hook on gradients may have no tag.
 """
 
 import contextlib
@@ -28,47 +27,40 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
-import torch._library.custom_ops as custom_ops
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import graph as autograd_graph
 from torch.autograd.function import BackwardCFunction
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-NAME, MEMORY = "pretended GPU", 80 << 30
+GPU, CPU, MEMORY = torch.device("cuda", 0), torch.device("cpu"), 80 << 30
 PROPERTIES = SimpleNamespace(
-    name=NAME, major=9, minor=0, total_memory=MEMORY, multi_processor_count=132, warp_size=32,
-    max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, L2_cache_size=50 << 20,
+    name="pretended GPU", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132,
+    warp_size=32, regs_per_multiprocessor=65536, L2_cache_size=50 << 20, is_integrated=0,
     shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
-    shared_memory_per_multiprocessor=228 << 10, is_integrated=0, is_multi_gpu_board=0)
-# Two tensors of any devices may meet in these.
+    shared_memory_per_multiprocessor=228 << 10, max_threads_per_multi_processor=2048)
+# Tensors of both devices may meet in these.
 ACROSS = {Tensor.copy_, Tensor.set_, Tensor.data.__set__, Tensor.fill_, torch._foreach_copy_,
           torch._has_compatible_shallow_copy_type}
-# 0-dimensional CPU tensors join in with CUDA ones, but not here.
-STRICT = {"cat", "stack", "equal", "allclose", "__set__", "concatenate", "index_add_", "dot"}
+# A CPU tensor of no dimension joins in with CUDA ones, but not here.
+STRICT = {"cat", "concat", "concatenate", "stack", "equal", "allclose", "__set__"}
 WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal",
-         "masked_select", "unique", "cpu", "tensor", "as_tensor"}
-LIKE = {"tensor", "as_tensor", "asarray"}
-on = SimpleNamespace(suspended=0, depth=0, backward=False, graph=None, installed=False)
+         "masked_select", "unique", "cpu"}
+FROM_HOST = {"tensor", "as_tensor", "asarray"}
+state = SimpleNamespace(installed=False, suspended=0, depth=0, backward=False, graph=None)
 
 
 def is_gpu(device: Any) -> bool:
     """Whether what stands for a device is CUDA; a bare number is."""
-    if isinstance(device, int):
-        return True
-    return device is not None and torch.device(device).type == "cuda"
+    return isinstance(device, int) or torch.device(device).type == "cuda"
 
 
 def tagged(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor):
-        return False
-    with torch._C.DisableTorchFunction():
-        try:
-            return "on_gpu" in vars(leaf.untyped_storage())
-        except (RuntimeError, NotImplementedError):  # it has no storage
-            return False
+    with torch._C.DisableTorchFunction(), contextlib.suppress(RuntimeError, NotImplementedError):
+        return isinstance(leaf, Tensor) and "on_gpu" in vars(leaf.untyped_storage())
+    return False  # it has no storage
 
 
 def tag(tree: Any) -> Any:
@@ -82,14 +74,15 @@ def tag(tree: Any) -> Any:
     return tree
 
 
-def moved(tree: Any, gpu: bool) -> Any:
-    """Results of a call that named a device; those that lie in memory of the other are copied."""
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.is_meta or tagged(leaf) == gpu:
-            return leaf
-        return tag(leaf.clone()) if gpu else leaf.clone()
+def moved(tensor: Tensor, gpu: bool) -> Tensor:
+    """The tensor on a device: copied if it lies in memory of the other."""
+    if tensor.is_meta or tagged(tensor) == gpu:
+        return tensor
+    return tag(tensor.clone()) if gpu else tensor.clone()
 
-    return tree_map(move, tree)
+
+def place(tensor: Tensor) -> torch.device:
+    return GPU if tagged(tensor) else tensor.device
 
 
 class Generator(torch._C.Generator):
@@ -105,120 +98,120 @@ class Generator(torch._C.Generator):
         return GPU if self.on_gpu else CPU
 
 
-@contextlib.contextmanager
-def suspended():
-    on.suspended += 1
-    try:
-        yield
-    finally:
-        on.suspended -= 1
+# ------------------------------------------------------------------------------------ refusals
 
 
-@contextlib.contextmanager
-def autocast_of_the_gpu():
-    """CPU operators are cast as CUDA's autocast would cast them."""
-    before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    try:
-        torch.set_autocast_enabled("cpu", torch.is_autocast_enabled("cuda"))
-        torch.set_autocast_dtype("cpu", torch.get_autocast_dtype("cuda"))
-        yield
-    finally:
-        torch.set_autocast_enabled("cpu", before[0])
-        torch.set_autocast_dtype("cpu", before[1])
-
-
-def refuse_mixing(name: str, function: Any, args: Any, tensors: list[Tensor],
-                  gpu: list[bool]) -> None:
-    if all(gpu) or not any(gpu) or function in ACROSS:
-        return
-    if name == "__getitem__" and gpu[0]:
-        return
-    others = tensors[1:] if name == "__setitem__" and not gpu[0] else [
-        t for t, there in zip(tensors, gpu, strict=True) if not there]
+def refuse_mixing(name: str, args: Any, tensors: list[Tensor], gpu: list[bool]) -> None:
+    """Raises where a call takes tensors of both devices, as far as CUDA does."""
     if name == "__getitem__":
-        others = [t for t, there in zip(tensors, gpu, strict=True) if there and (
-            t.dim() or t.dtype == torch.bool)]  # one number is read and used as such
-        message = "indices should be either on cpu or on the same device as the indexed tensor"
-        if others:
-            raise RuntimeError(f"{message} (cpu)")
+        # A single number is read and used as such.
+        if not gpu[0] and any(x.dim() or x.dtype == torch.bool for x in tensors[1:] if tagged(x)):
+            raise RuntimeError("indices should be either on cpu or on the same device as the "
+                               "indexed tensor (cpu)")
         return
     if name == "__setitem__":
-        index, value = args[1], args[2]
-        wrong = [t for t in tree_leaves(index) if isinstance(t, Tensor) and t.dim()
-                 and tagged(t) and not gpu[0]]
-        by_tensor = any(isinstance(t, Tensor) and t.dim() for t in tree_leaves(index))
-        apart = isinstance(value, Tensor) and value.dim() and tagged(value) != gpu[0] and by_tensor
-        if not wrong and not apart:
-            return
-    elif name not in STRICT and all(t.dim() == 0 for t in others) and not (
-            name.endswith("_") and not name.endswith("__") and not gpu[0]):
-        return
-    raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
-                       f"devices, cuda:0 and cpu! (in {name})")
+        indices = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor) and x.dim()]
+        values = [x for x in args[2:] if isinstance(x, Tensor) and x.dim() and indices]
+        wrong = any(tagged(x) for x in indices if not gpu[0]) or any(
+            tagged(x) != gpu[0] for x in values)
+    else:
+        in_place = name.endswith("_") and not name.endswith("__")
+        wrong = name in STRICT or (in_place and not gpu[0]) or any(
+            x.dim() for x, there in zip(tensors, gpu, strict=True) if not there)
+    if wrong:
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
+                           f"devices, cuda:0 and cpu! (in {name})")
+
+
+def refuse_generator(given: Any, gpu: bool) -> None:
+    for one in given:
+        if isinstance(one, torch._C.Generator) and getattr(one, "on_gpu", False) != gpu:
+            wanted, found = ("cuda", "cpu") if gpu else ("cpu", "cuda")
+            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found "
+                               f"'{found}'")
+
+
+def refuse_upstream(outputs: Any, gradients: Any) -> None:
+    for i, (output, gradient) in enumerate(zip(outputs, gradients, strict=False)):
+        if gradient is not None and tagged(output) != tagged(gradient):
+            raise RuntimeError(f"invalid gradient at index {i} - expected device {place(output)} "
+                               f"but got {place(gradient)}")
+
+
+def refuse_waiting(name: str, waits: bool) -> None:
+    if waits and state.graph is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing ({name})")
+
+
+# ------------------------------------------------------------------------------------- the mode
 
 
 class Pretence(TorchFunctionMode):
     """Every call of torch's passes through here."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if on.suspended:
+        kwargs = dict(kwargs or {})
+        if state.suspended:
             return function(*args, **kwargs)
-        special = SPECIAL.get(function)
-        name = getattr(function, "__name__", "")
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        gpu = [tagged(x) for x in tensors]
-        if on.graph is not None and any(gpu) and name in WAITS:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        if special is not None:
-            return special(function, *args, **kwargs)
-        device, where = kwargs.get("device"), None
-        if device is not None:
-            where = is_gpu(device)
-            kwargs = {**kwargs, "device": CPU} if where else kwargs
-            if where and on.graph is not None and name in LIKE:
-                raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        gpu, name = [tagged(x) for x in tensors], getattr(function, "__name__", "")
+        refuse_waiting(name, any(gpu) and name in WAITS)
+        if function in SPECIAL:
+            return SPECIAL[function](function, *args, **kwargs)
+        where = None if kwargs.get("device") is None else is_gpu(kwargs["device"])
+        refuse_waiting(name, bool(where) and name in FROM_HOST)
+        refuse_generator((*args, *kwargs.values()), any(gpu) if where is None else where)
+        # An operator of somebody's own looks for itself.
+        known = not isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) \
+            or str(function).startswith("aten.")
+        if where is None and known and any(gpu) and not all(gpu) and function not in ACROSS:
+            refuse_mixing(name, args, tensors, gpu)
+        if where:
+            kwargs["device"] = CPU
+        if "pin_memory" in kwargs:
+            kwargs["pin_memory"] = False
         if any(gpu) and "out_dtype" in kwargs:  # a product with wider sums: CUDA alone has it
-            kwargs, wide = {**kwargs}, kwargs["out_dtype"]
-            del kwargs["out_dtype"]
+            wide = kwargs.pop("out_dtype")
             args = tree_map(lambda x: x.to(wide) if isinstance(x, Tensor) else x, args)
-        if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        self.refuse_generator(args, kwargs, any(gpu) if where is None else where)
-        operator = isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-        ours = operator and not str(function).startswith("aten.")  # it looks for itself
-        if where is None and not ours:
-            refuse_mixing(name, function, args, tensors, gpu)
-        cast = any(gpu) and (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
-        on.depth += 1
-        try:
-            with autocast_of_the_gpu() if cast else contextlib.nullcontext():
-                result = function(*args, **kwargs)
-        finally:
-            on.depth -= 1
+        with self.inside(any(gpu)):
+            result = function(*args, **kwargs)
         if where is not None:
-            result = moved(result, where) if name in LIKE else tag(result) if where else result
-        elif any(gpu) and not ours and function not in ACROSS and not (
-                name in ("__getitem__", "__setitem__") and not gpu[0]):
+            result = moved(result, where) if name in FROM_HOST else tag(result) if where else result
+        elif any(gpu) and known and function not in ACROSS and (
+                gpu[0] or name not in ("__getitem__", "__setitem__")):
             tag(result)
-        if on.graph is not None and on.depth == 0:
-            on.graph.calls.append((function, args, kwargs, result))
+        if state.graph is not None and not state.depth:
+            state.graph.calls.append((function, args, kwargs, result))
         return result
 
-    @staticmethod
-    def refuse_generator(args: Any, kwargs: Any, gpu: bool) -> None:
-        for given in (*args, *kwargs.values()):
-            if isinstance(given, torch._C.Generator) and getattr(given, "on_gpu", False) != gpu:
-                found = "cuda" if getattr(given, "on_gpu", False) else "cpu"
-                raise RuntimeError(f"Expected a '{'cuda' if gpu else 'cpu'}' device type for "
-                                   f"generator but found '{found}'")
+    @contextlib.contextmanager
+    def inside(self, gpu: bool):
+        """A call that torch makes; on the GPU, CPU operators are cast as CUDA's autocast would."""
+        before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        cast = gpu and (before[0] or torch.is_autocast_enabled("cuda"))
+        state.depth += 1
+        try:
+            if cast:
+                torch.set_autocast_enabled("cpu", torch.is_autocast_enabled("cuda"))
+                torch.set_autocast_dtype("cpu", torch.get_autocast_dtype("cuda"))
+            yield
+        finally:
+            state.depth -= 1
+            if cast:
+                torch.set_autocast_enabled("cpu", before[0])
+                torch.set_autocast_dtype("cpu", before[1])
 
 
 MODE = Pretence()
 
 
+def entry() -> Any:
+    """The mode, which torch leaves while it handles a call, for Python that is called back."""
+    left = not state.suspended and MODE not in _get_current_function_mode_stack()
+    return MODE if left else contextlib.nullcontext()
+
+
 def entered(function: Any) -> Any:
-    """The function under the mode, which torch leaves while it handles a call."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with entry():
@@ -227,9 +220,13 @@ def entered(function: Any) -> Any:
     return call
 
 
-def entry() -> Any:
-    stack = torch.overrides._get_current_function_mode_stack()
-    return contextlib.nullcontext() if MODE in stack or on.suspended else MODE
+@contextlib.contextmanager
+def suspended():
+    state.suspended += 1
+    try:
+        yield
+    finally:
+        state.suspended -= 1
 
 
 def as_cpu(function: Any) -> Any:
@@ -243,41 +240,20 @@ def as_cpu(function: Any) -> Any:
     return call
 
 
-# ------------------------------------------------------------ functions that know of a device
-
-
-def _device(_: Any, x: Tensor) -> torch.device:
-    return GPU if tagged(x) else x.device
+# ---------------------------------------------------------------- calls that know of a device
 
 
 def _to(function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    args, other = list(args), kwargs.pop("other", None)
-    if args and isinstance(args[0], Tensor):
-        other = args.pop(0)
+    given, device = list(args), kwargs.pop("device", None)
+    other = kwargs.pop("other", given.pop(0) if given and isinstance(given[0], Tensor) else None)
     if other is not None:
-        kwargs["dtype"] = other.dtype
-        place: Any = GPU if tagged(other) else other.device
-    elif args and isinstance(args[0], (str, int, torch.device)) and not isinstance(args[0], bool):
-        place = args.pop(0)
-    else:
-        place = kwargs.pop("device", None)
-        if args and args[0] is None:
-            args.pop(0)
-    if place is None:
-        result = function(x, *args, **kwargs)
-        return tag(result) if tagged(x) else result
-    gpu = is_gpu(place)
-    if on.graph is not None and gpu != tagged(x) and not kwargs.get("non_blocking"):
-        raise RuntimeError("operation not permitted when stream is capturing: to")
-    return moved(function(x, CPU if gpu else place, *args, **kwargs), gpu)
-
-
-def _cuda(_: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _to(Tensor.to, x, GPU)
-
-
-def _cpu(_: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _to(Tensor.to, x, CPU)
+        device, kwargs["dtype"] = place(other), other.dtype
+    elif given and (given[0] is None or isinstance(given[0], (str, int, torch.device))):
+        device = given.pop(0)
+    device = place(x) if device is None else device
+    gpu = is_gpu(device)
+    refuse_waiting("to", gpu != tagged(x) and not kwargs.get("non_blocking"))
+    return moved(function(x, CPU if gpu else device, *given, **kwargs), gpu)
 
 
 def _numpy(function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -287,42 +263,36 @@ def _numpy(function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return function(x, *args, **kwargs)
 
 
-def _gradients(function: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch.autograd.grad: each gradient lies where its input does."""
+def _grad(function: Any, outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Each gradient lies where its input does."""
     upstream = kwargs.get("grad_outputs", args[0] if args else None)
-    pairs = zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (outputs, upstream)),
-                strict=False)
-    refuse_upstream(*zip(*pairs, strict=True))
+    refuse_upstream(*([x] if x is None or isinstance(x, Tensor) else x
+                      for x in (outputs, upstream)))
     result = function(outputs, inputs, *args, **kwargs)
     for x, gradient in zip([inputs] if isinstance(inputs, Tensor) else inputs, result, strict=True):
-        if tagged(x):
-            tag(gradient)
+        tag(gradient if tagged(x) else None)
     return result
 
 
-def refuse_upstream(outputs: Any, gradients: Any) -> None:
-    for i, (output, gradient) in enumerate(zip(outputs, gradients, strict=False)):
-        if gradient is not None and tagged(output) != tagged(gradient):
-            raise RuntimeError(f"invalid gradient at index {i} - expected device "
-                               f"{_device(None, output)} but got {_device(None, gradient)}")
-
-
 SPECIAL = {
-    Tensor.device.__get__: _device,
-    Tensor.is_cuda.__get__: lambda _, x: tagged(x),
-    Tensor.is_cpu.__get__: lambda function, x: not tagged(x) and function(x),
+    Tensor.device.__get__: lambda function, x: place(x),
+    Tensor.is_cuda.__get__: lambda function, x: tagged(x),
+    Tensor.is_cpu.__get__: lambda function, x: place(x) == CPU,
     Tensor.get_device: lambda function, x: 0 if tagged(x) else function(x),
-    Tensor.to: _to, Tensor.cuda: _cuda, Tensor.cpu: _cpu, Tensor.numpy: _numpy,
-    Tensor.__array__: _numpy, Tensor.pin_memory: lambda _, x, *args: x.clone(),
-    Tensor.is_pinned: lambda _, x, *args: False, torch.autograd.grad: _gradients,
+    Tensor.cuda: lambda function, x, *args, **kwargs: _to(Tensor.to, x, GPU),
+    Tensor.cpu: lambda function, x, *args, **kwargs: _to(Tensor.to, x, CPU),
+    Tensor.pin_memory: lambda function, x, *args: x.clone(),
+    Tensor.to: _to, Tensor.numpy: _numpy, Tensor.__array__: _numpy, torch.autograd.grad: _grad,
 }
 
 
-# ------------------------------------------------------------------------------- torch.cuda
+# ----------------------------------------------------------------------------------- torch.cuda
 
 
 class Ready:
-    """A stream or a device: everything is done when it is asked."""
+    """A stream, an event, a device: everything is done when it is asked."""
+
+    at = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device, self.device_index, self.cuda_stream = GPU, 0, 0
@@ -333,156 +303,137 @@ class Ready:
     def __exit__(self, *error: Any) -> None:
         return None
 
-    def synchronize(self, *args: Any) -> None:
-        return None
-
-    wait_stream = wait_event = synchronize
-
-    def record_event(self, event: Any = None) -> "Event":
-        event = event or Event()
-        event.record()
-        return event
-
     def query(self) -> bool:
         return True
 
-
-class Event(Ready):
-    """The host's clock."""
-
-    at = 0.0
-
-    def record(self, stream: Any = None) -> None:
+    def record(self, *stream: Any) -> None:
         self.at = time.perf_counter()
 
-    def elapsed_time(self, other: "Event") -> float:
+    def elapsed_time(self, other: "Ready") -> float:
         return 1e3 * (other.at - self.at)
+
+    def synchronize(self, *others: Any) -> None:
+        return None
+
+    wait = wait_event = wait_stream = synchronize
 
 
 class Graph:
     """The calls of a capture, with their results."""
 
-    def __init__(self, keep_graph: bool = False) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.calls: list[Any] = []
 
+    @torch.no_grad()
     def replay(self) -> None:
-        with torch.no_grad():
-            for function, args, kwargs, result in self.calls:
-                again = function(*args, **kwargs)
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                        old.data.copy_(new)
-
-    def reset(self) -> None:
-        self.calls.clear()
+        for function, args, kwargs, result in self.calls:
+            again = tree_leaves(function(*args, **kwargs))
+            for old, new in zip(tree_leaves(result), again, strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.data.copy_(new)
 
 
 @contextlib.contextmanager
-def capturing(graph: Graph, *args: Any, **kwargs: Any):
-    on.graph = graph
+def capture(graph: Graph, *args: Any, **kwargs: Any):
+    state.graph = graph
     try:
         yield
     finally:
-        on.graph = None
+        state.graph = None
 
 
-def _cuda_functions() -> dict[str, Any]:
+def cuda_functions() -> dict[str, Any]:
     values = {"is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True,
-              "get_device_name": NAME, "get_device_capability": (9, 0), "memory_allocated": 0,
-              "get_device_properties": PROPERTIES, "max_memory_allocated": 0,
-              "memory_reserved": 0, "max_memory_reserved": 0, "mem_get_info": (MEMORY, MEMORY),
-              "is_bf16_supported": True, "initial_seed": 0, "current_stream": Ready(),
-              "default_stream": Ready()}
+              "get_device_name": PROPERTIES.name, "get_device_capability": (9, 0),
+              "get_device_properties": PROPERTIES, "mem_get_info": (MEMORY, MEMORY),
+              "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0,
+              "max_memory_reserved": 0, "is_bf16_supported": True, "initial_seed": 0,
+              "current_stream": Ready(), "default_stream": Ready()}
+    values |= dict.fromkeys(("init", "_lazy_init", "synchronize", "reset_peak_memory_stats", "seed",
+                             "empty_cache", "manual_seed", "manual_seed_all", "set_device",
+                             "set_rng_state"))
+    # A function each: Dynamo knows them by what they are.
     found = {name: lambda *args, value=value, **kwargs: value for name, value in values.items()}
-    for name in ("init", "_lazy_init", "synchronize", "reset_peak_memory_stats", "empty_cache",
-                 "manual_seed", "manual_seed_all", "seed", "set_device", "set_rng_state", "_sleep",
-                 "set_per_process_memory_fraction"):
-        found[name] = lambda *args, **kwargs: None  # Dynamo wants each to be a function of its own
-    found["get_rng_state"] = lambda *args: torch.get_rng_state()
-    found["is_current_stream_capturing"] = lambda: on.graph is not None
-    for name in ("Stream", "stream", "device", "device_of"):
-        found[name] = type(name, (Ready,), {})
-    return found | {"Event": Event, "CUDAGraph": Graph, "graph": capturing}
+    found |= {name: type(name, (Ready,), {}) for name in (
+        "Stream", "stream", "Event", "device", "device_of")}
+    return found | {"CUDAGraph": Graph, "graph": capture,
+                    "get_rng_state": lambda *args: torch.get_rng_state(),
+                    "is_current_stream_capturing": lambda: state.graph is not None}
 
 
-# ---------------------------------------------------------------- where Python is called back
+# ------------------------------------------------------------------------------------ installing
 
 
-def _patch_callbacks() -> None:
+def patch_callbacks() -> None:
     """Bodies of operators and of backwards run under the mode, and gradients come tagged."""
-    operator = custom_ops.CustomOpDef
-    stock_kernel, stock_autograd = operator.register_kernel, operator.register_autograd
+    kernel, autograd = CustomOpDef.register_kernel, CustomOpDef.register_autograd
+    engine, apply = autograd_graph._engine_run_backward, BackwardCFunction.apply
 
     def register_kernel(self: Any, device_types: Any, fn: Any = None, /) -> Any:
-        register = stock_kernel(self, device_types)
+        register = kernel(self, device_types)
         return register(entered(fn)) if fn else lambda fn: register(entered(fn))
 
     def register_autograd(self: Any, backward: Any, /, *, setup_context: Any = None) -> None:
-        stock_autograd(self, backward, setup_context=setup_context and entered(setup_context))
+        autograd(self, backward, setup_context=setup_context and entered(setup_context))
 
-    operator.register_kernel, operator.register_autograd = register_kernel, register_autograd
-    stock_engine, stock_apply = autograd_graph._engine_run_backward, BackwardCFunction.apply
-
-    def engine(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        before, on.backward = on.backward, any(map(tagged, outputs))
+    def run_backward(outputs: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+        before, state.backward = state.backward, any(map(tagged, outputs))
         inside = entry()
-        if inside is MODE:  # torch's own, made since the call was looked at
-            tag([g for x, g in zip(outputs, args[0], strict=True) if tagged(x)])
-        elif not on.suspended:
-            refuse_upstream(outputs, args[0])
+        if inside is MODE:  # torch's own gradients, made since the call was looked at
+            tag([g for x, g in zip(outputs, gradients, strict=True) if tagged(x)])
+        elif not state.suspended:
+            refuse_upstream(outputs, gradients)
         try:
             with inside:
-                return stock_engine(outputs, *args, **kwargs)
+                return engine(outputs, gradients, *args, **kwargs)
         finally:
-            on.backward = before
+            state.backward = before
 
-    def apply(self: Any, *gradients: Any) -> Any:
-        if not on.suspended and on.backward:
-            tag(gradients)
+    def apply_backward(self: Any, *gradients: Any) -> Any:
         with entry():
-            return stock_apply(self, *gradients)
+            return apply(self, *(tag(gradients) if state.backward else gradients))
 
-    autograd_graph._engine_run_backward = torch.autograd._engine_run_backward = engine
-    BackwardCFunction.apply = apply
+    CustomOpDef.register_kernel, CustomOpDef.register_autograd = register_kernel, register_autograd
+    autograd_graph._engine_run_backward = torch.autograd._engine_run_backward = run_backward
+    BackwardCFunction.apply = apply_backward
 
 
-def _patch_launches() -> None:
+def patch_launches() -> None:
     try:
-        import triton.runtime.interpreter as interpreter
+        from triton.runtime.interpreter import GridExecutor
     except ImportError:
         return
-    stock = interpreter.GridExecutor.__call__
+    stock = GridExecutor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = [getattr(x, "base", x) for x in tree_leaves((args, kwargs))]
-        for i, x in enumerate(given):
-            if isinstance(x, Tensor) and not on.suspended and not tagged(x) and x.data_ptr():
+        for i, x in enumerate(getattr(x, "base", x) for x in tree_leaves((args, kwargs))):
+            if isinstance(x, Tensor) and x.data_ptr() and not tagged(x) and not state.suspended:
                 raise ValueError(f"Pointer argument (at {i}) cannot be accessed from Triton "
                                  "(cpu tensor?)")
         with suspended():
             return stock(self, *args, **kwargs)
 
-    interpreter.GridExecutor.__call__ = launch
+    GridExecutor.__call__ = launch
 
 
 def install() -> None:
-    """Pretend from now on, in this thread. Once a process, before anything imports fastllm."""
-    if on.installed:
+    """Pretend from now on, in this thread; before anything imports fastllm."""
+    if state.installed:
         return
-    on.installed = True
+    state.installed = True
     torch.Generator = Generator
-    for name, value in _cuda_functions().items():
+    for name, value in cuda_functions().items():
         setattr(torch.cuda, name, value)
-    _patch_callbacks()
-    _patch_launches()
+    patch_callbacks()
+    patch_launches()
     torch.compile = lambda model=None, **options: model if model is not None else lambda f: f
     torch.library.opcheck = as_cpu(torch.library.opcheck)
     torch.export.export = as_cpu(torch.export.export)
-    # It is asked inside of calls, where the mode is off, and beside backwards, where it is on.
-    checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
-    checks |= {name: as_cpu(check) for name, check in checks.items()}
     module = torch.export.ExportedProgram.module
     torch.export.ExportedProgram.module = lambda self, **options: as_cpu(module(self, **options))
+    # It looks at tensors inside of calls, where the mode is off, and in a backward, where it is on.
+    checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
+    checks |= {name: as_cpu(check) for name, check in checks.items()}
     MODE.__enter__()
 
 
