@@ -64,11 +64,11 @@ def remember(place: str, section: str, entries: dict[str, Any], *, forget: str =
 
 
 def _path() -> Path | None:
-    from fastllm import config
-
     try:
+        from fastllm import config
+
         return config.cache_folder() / "attention.json"
-    except RuntimeError:  # a user without a home
+    except (RuntimeError, ImportError):  # a user without a home, or the ops without pydantic
         return None
 
 
