@@ -89,11 +89,12 @@ def directions(kernel: Kernel, forward: Forward, call: Call) -> dict[str, Callab
 
     # An op may do its backward's work in its forward: only the two together compare fairly.
     found = {"forward": forward, "backward": backward, "both": both}
+    backward()
     try:
-        backward(), backward()
-    except RuntimeError as error:
-        if "inplace" not in str(error):
-            raise
+        backward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
         del found["backward"]  # its forward's result was used up: it runs once a forward
     return found
 
