@@ -116,7 +116,7 @@ def architecture(device: torch.device) -> int:
 
 def warps_for(elements: int, per_thread: int = 8, most: int = 32) -> int:
     """Warps that give each thread about `per_thread` elements of a tile."""
-    return min(most, max(1, next_power_of_2(cdiv(elements, 32 * per_thread))))
+    return max(1, min(most, next_power_of_2(cdiv(elements, 32 * per_thread))))
 
 
 @jit
