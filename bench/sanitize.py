@@ -642,8 +642,8 @@ def main(given: list[str] | None = None) -> int:
         print(f"{found['gpu']}; {result['sanitizer']}; {len(cases)} cases")
         out = options.out or record.RESULTS / record.slug(found["gpu"]) / "sanitizer.json"
         if options.compile:
-            # Half of the time at most: a tool that has to compile as well is slow, but works.
-            row = alone(cases, options.compile, {}, began + options.limit / 2, folder)
+            # A third of the time at most: a tool that has to compile as well is slow, but works.
+            row = alone(cases, options.compile, {}, began + options.limit / 3, folder)
             result["without_a_tool"] = row
             print("\n".join(show_alone(row)), flush=True)
         ours = functions()
