@@ -117,11 +117,11 @@ def tune(run: Run, seconds: float) -> list[str]:
 TUNE = (sys.executable, str(ROOT / "bench" / "tune.py"), "--width", "128", "64")
 ATTENTION = ("--kernel", "attention", "--attention")
 PARTS = {
-    "build": Part(2, build),
-    "tests": Part(4, tests),
-    "sanitizer": Part(2, sanitizer),
-    "kernels": Part(5, timing("kernels"), compiling()),
-    "attention": Part(3, timing("attention", *ATTENTION), compiling(*ATTENTION)),
+    "build": Part(1, build),
+    "tests": Part(5, tests),
+    "sanitizer": Part(4, sanitizer),
+    "kernels": Part(6, timing("kernels"), compiling()),
+    "attention": Part(4, timing("attention", *ATTENTION), compiling(*ATTENTION)),
     "repeats": Part(2, timing("repeats", "--kernel", "attention", "--repeat-check", "1000"),
                     by_default=False),
     "counters": Part(4, counters, by_default=False),

@@ -4,6 +4,7 @@ Every GPU that has a kernels.json has its tables, under its own name. Where ther
 says so; the predictions stand without one.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -271,12 +272,15 @@ def _predictions(folder: str | None) -> str:
 
 
 def counters(result: dict[str, Any]) -> str:
-    """Bytes that the GPU's counters saw beside those that the meter counted."""
+    """Bytes that the GPU's counters saw beside those that the meter counted, the furthest apart
+    first."""
+    rows = sorted((row for row in result["results"] if row["over_floor"]),
+                  key=lambda row: -abs(math.log(row["measured_over_metered"] or 1)))
     return table(["bytes over the floor", "DRAM, by ncu", "by the meter", "ncu's over the meter's"],
                  [[f"{name_of(row)} {shape_of(row)} {row['direction']}",
-                   *(f"{row[key]:.2f}" if row.get(key) else "-" for key in (
-                       "bytes_over_floor", "metered_over_floor", "measured_over_metered"))]
-                  for row in result["results"] if "direction" in row])
+                   *(f"{row[key]:.2f}" if row[key] else "-" for key in (
+                       "over_floor", "metered_over_floor", "measured_over_metered"))]
+                  for row in rows])
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

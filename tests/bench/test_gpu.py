@@ -51,12 +51,11 @@ def test_a_part_that_is_done_early_leaves_its_time(monkeypatch, run):
 
 def test_a_part_that_overruns_is_stopped_with_its_children_and_the_next_begins(monkeypatch, run):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
-    child = ("import subprocess, sys, time; print('begun', flush=True);"
-             "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
-    parts(monkeypatch, slow=python(child), next=python("print('next')"))
+    slow = gpu.Part(1, lambda run, seconds: ["sh", "-c", "echo begun; sleep 60 & sleep 60"])
+    parts(monkeypatch, slow=slow, next=gpu.Part(1, lambda run, seconds: ["echo", "next"]))
     began = time.monotonic()
-    slow, after = gpu.run_parts(["slow", "next"], gpu.Run(run.out, 0.1, False, 2))
-    assert (slow["exit_code"], slow["ended"]) == (gpu.STOPPED, "stopped at its limit")
+    first, after = gpu.run_parts(["slow", "next"], gpu.Run(run.out, 0.1, False, 2))
+    assert (first["exit_code"], first["ended"]) == (gpu.STOPPED, "stopped at its limit")
     assert after["ended"] == "ok" and time.monotonic() - began < 20
     assert {"begun\n", "next\n"} <= set((run.out / "gpu.log").open())
 

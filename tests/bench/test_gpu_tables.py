@@ -112,3 +112,17 @@ def test_results_of_a_cpu_are_no_gpus(results):
     folder.mkdir()
     (folder / "kernels.json").write_text(json.dumps({"machine": {"device": "cpu"}}))
     assert gpu_tables.gpus("kernels") == []
+
+
+def test_counters_beside_the_meter_the_furthest_apart_first(results):
+    def counted(kernel, over, metered):
+        return row("ours", "forward", 1.0, kernel) | {
+            "over_floor": over, "metered_over_floor": metered,
+            "measured_over_metered": over and metered and over / metered}
+
+    results("counters", [counted("rms_norm", 1.02, 1.0), counted("adamw", 2.0, 1.0),
+                         counted("rms_norm", None, 1.0), counted("adamw", 1.1, None)])
+    lines = gpu_tables.SECTIONS["gpu_counters"]().splitlines()
+    assert lines[-3:] == ["| adamw 1x9 forward | 2.00 | 1.00 | 2.00 |",
+                          "| rms_norm 4x8 forward | 1.02 | 1.00 | 1.02 |",
+                          "| adamw 1x9 forward | 1.10 | - | - |"]
