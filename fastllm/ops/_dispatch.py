@@ -117,13 +117,17 @@ def _automatic(op: Op, device: torch.device) -> tuple[str, str]:
 
 
 def _first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tensor whose device and type choose the backend; the first of a list counts."""
+    """The tensor whose device and type choose the backend: the first of floating point, or the
+    first of all where none is; the first of a list counts."""
+    first = None
     for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
         if isinstance(value, Tensor):
-            return value
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-            return value[0]
-    return None
+            if value.is_floating_point():
+                return value
+            first = value if first is None else first
+    return first
 
 
 def beyond_cpp(op: Op, kwargs: Mapping[str, Any]) -> list[str]:
