@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastllm.kernels._multi_tensor import CHUNK, TYPES, place, plan, pointer
-from fastllm.kernels._spec import Call, Direction, Kernel, Shape, normal
+from fastllm.kernels._spec import Call, Direction, Kernel, Shape, compute_dtype, normal
 from fastllm.kernels._triton import addresses, cdiv, jit, require, tl
 
 BLOCK = 4096
@@ -37,12 +37,12 @@ def coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def reference(grads: Sequence[Tensor], *, max_norm: float | None = None) -> Any:
-    """Squared and summed in float64 on CPUs, in float32 elsewhere."""
+    """Squared and summed in float64 on CPUs and of float64, in float32 elsewhere."""
     if not grads:
         norm = torch.zeros(())
     elif grads[0].device.type != "cpu":
-        norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        norms = torch._foreach_norm(list(grads), 2, dtype=compute_dtype(*grads))
+        norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     else:
         sums = [_fixed_sum(grad.detach().reshape(-1).double().square()) for grad in grads]
         norm = _fixed_sum(torch.stack(sums)).sqrt().float()
