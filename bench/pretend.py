@@ -12,8 +12,9 @@ interpreter and refuse CPU tensors. A captured graph keeps its calls and makes t
 What it cannot find: faults of machine code, of shared memory, of registers and of timing; races
 between programs, streams or host and device; what other sums a GPU's own products and reductions
 give; what CUDA's operators lack. torch.compile runs eagerly, for Inductor cannot make CUDA code
-here; opcheck and torch.export see CPU tensors. Threads and processes that a program starts see no
-GPU, and tensors that C++ hands to a hook on gradients may have no tag.
+here; opcheck, torch.export and make_fx see CPU tensors, and fake tensors of it do not work. Threads
+and processes that a program starts see no GPU, and tensors that C++ hands to a hook on gradients
+may have no tag.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import graph as autograd_graph
 from torch.autograd.function import BackwardCFunction
+from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -429,7 +431,8 @@ def install() -> None:
     torch.compile = lambda model=None, **options: model if model is not None else lambda f: f
     torch.library.opcheck = as_cpu(torch.library.opcheck)
     torch.export.export = as_cpu(torch.export.export)
-    module = torch.export.ExportedProgram.module
+    make_fx, module = proxy_tensor.make_fx, torch.export.ExportedProgram.module
+    proxy_tensor.make_fx = lambda f, **options: as_cpu(make_fx(f, **options))
     torch.export.ExportedProgram.module = lambda self, **options: as_cpu(module(self, **options))
     # It looks at tensors inside of calls, where the mode is off, and in a backward, where it is on.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
