@@ -6,33 +6,10 @@ import sys
 
 import counters as bench
 import kernel_check as kc
+import ncu_csv
 import pytest
 
 BY_NAME = {kernel.name: kernel for kernel in kc.KERNELS}
-# ncu --csv --page raw --print-units base: a column a metric, a row of units.
-WIDE = """\
-==PROF== Connected to process 4242 (/usr/bin/python3.12)
-==PROF== Profiling "counters_marker" - 0: 0%....50%....100% - 1 pass
-==PROF== Disconnected from process 4242
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
-"Grid Size","Device","CC","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum",\
-"launch__grid_size","launch__registers_per_thread"
-"","","","","","","","","","","","byte","byte","ns","","register/thread"
-"0","4242","python3.12","127.0.0.1","counters_marker","1","7","(128, 1, 1)","(1, 1, 1)","0","9.0",\
-"0","32","1,024","1","16"
-"1","4242","python3.12","127.0.0.1","_forward_kernel","1","7","(128, 1, 1)","(64, 2, 1)","0","9.0",\
-"2,000,000","1,000,000","12,345","128","32"
-"2","4242","python3.12","127.0.0.1","void at::native::f<(int)4, float>(int, T2)","1","7",\
-"(128, 1, 1)","(3, 1, 1)","0","9.0","1,000","n/a","2,000","3","40"
-"3","4242","python3.12","127.0.0.1","counters_marker","1","7","(128, 1, 1)","(2, 1, 1)","0","9.0",\
-"0","0","1,000","2","16"
-"""
-# The default page: a row a metric, each with its unit, here none of the base ones.
-LONG_HEAD = ('"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream",'
-             '"Block Size","Grid Size","Device","CC","Section Name","Metric Name","Metric Unit",'
-             '"Metric Value"\n')
-LONG_ROW = ('"{}","1","python","127.0.0.1","{}","1","7","(128, 1, 1)","({}, 1, 1)","0","9.0",'
-            '"Command line profiler metrics","{}","{}","{}"\n')
 FAKE = """#!{python}
 import json, os, subprocess, sys, time
 if "--version" in sys.argv:
@@ -42,7 +19,7 @@ play = json.load(open(os.environ["PLAY"]))
 with open(os.environ["PLAY"] + ".log", "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
 word = lambda name: sys.argv[sys.argv.index(name) + 1]
-told = json.load(open(word("--run")))
+told = json.load(open(word("--calls")))
 out = open(word("--log-file"), "w")
 print("==PROF== Connected to process 1", file=out)
 if play.get("says"):
@@ -51,21 +28,22 @@ if play.get("says"):
         sys.exit(1)
 cases = told["cases"][:play.get("most")]
 if play.get("really"):
-    subprocess.run(sys.argv[sys.argv.index("--run") - 2:], check=True)
+    subprocess.run(sys.argv[sys.argv.index("--calls") - 2:], check=True)
 else:
     for number, case in cases:
-        print("\\n@says " + json.dumps({{"begin": number}}), flush=True)
+        print("\\n@says " + json.dumps({{"begin": number, "part": "forward"}}), flush=True)
         if number == play.get("dies"):
             sys.exit(139)
-        print("\\n@says " + json.dumps({{"number": number, **play["told"]}}), flush=True)
+        print("\\n@says " + json.dumps({{"of": number, **play["told"]}}), flush=True)
     print('\\n@says {{"end": true}}', flush=True)
-print({head!r}, end="", file=out)
+print('"ID","Kernel Name","Grid Size","Metric Name","Metric Unit","Metric Value"', file=out)
 ids = iter(range(10**6))
 def write(name, grid, read, written, time):
     place = next(ids)
     for metric, unit, value in (("dram__bytes_read.sum", "Mbyte", read),
             ("dram__bytes_write.sum", "Kbyte", written), ("gpu__time_duration.sum", "us", time)):
-        print({row!r}.format(place, name, grid, metric, unit, value), end="", file=out)
+        print('"%s","%s","(%s, 1, 1)","%s","%s","%s"' % (place, name, grid, metric, unit, value),
+              file=out)
 for number, case in cases:
     for part in range(2):
         if [number, part] not in play.get("hides", []):
@@ -80,11 +58,11 @@ def played(tmp_path, monkeypatch, capsys):
     """played(play, *arguments): (exit code, printed, the JSON or None, the fake's commands)."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "ncu").write_text(FAKE.format(python=sys.executable, head=LONG_HEAD, row=LONG_ROW))
+    (folder / "ncu").write_text(FAKE.format(python=sys.executable))
     (folder / "ncu").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "about", lambda folder: {"machine": {}, "gpu": "NVIDIA H200"})
+    monkeypatch.setattr(bench.record, "machine", lambda: {"gpu": "NVIDIA H200"})
     shape = BY_NAME["swiglu"].bench_shapes[-1]
 
     def run(play, *given):
@@ -98,27 +76,6 @@ def played(tmp_path, monkeypatch, capsys):
                 [json.loads(line) for line in log.read_text().splitlines()])
 
     return run
-
-
-def test_the_csv_with_a_column_a_metric():
-    launches = bench.parse(WIDE)
-    assert [launch.name for launch in launches[:2]] == ["counters_marker", "_forward_kernel"]
-    assert launches[1].grid == 128
-    assert launches[1].metrics[bench.READ] == 2e6 and launches[1].metrics[bench.TIME] == 12345
-    assert launches[1].metrics[bench.REGISTERS] == 32
-    assert bench.WRITTEN not in launches[2].metrics
-    found = bench.attributed(launches)
-    assert [len(found[index]) for index in (0, 1)] == [2, 0]
-
-
-def test_the_csv_with_a_row_a_metric_in_any_unit():
-    rows = [(0, "counters_marker", 3, bench.TIME, "usecond", "1.5"),
-            (1, "f", 4, bench.READ, "Gbyte", "1.25"), (1, "f", 4, bench.WRITTEN, "Kibyte", "2"),
-            (1, "f", 4, bench.TIME, "ms", "1,000.5")]
-    text = "==PROF== said\n" + LONG_HEAD + "".join(LONG_ROW.format(*row) for row in rows)
-    (launch,) = bench.attributed(bench.parse(text))[2]
-    assert launch.metrics == {bench.READ: 1.25e9, bench.WRITTEN: 2048, bench.TIME: 1000.5e6}
-    assert bench.parse("==ERROR== nothing\n") == []
 
 
 def test_what_is_measured_stands_beside_what_is_metered(played):
@@ -163,7 +120,7 @@ def test_work_of_the_backward_done_in_the_forward_is_judged_together():
         "linear_cross_entropy", "", "ours"]
     assert bench.counted([known["backward"]]) < bench.ELSEWHERE
     told = {"shape": kernel.bench_shapes[0], "directions": ["forward", "backward"]}
-    launches = [bench.Launch("f", 1, {bench.READ: 4.0, bench.WRITTEN: 1.0, bench.TIME: 2.0})]
+    launches = [bench.Launch("f", 1, {ncu_csv.READ: 4.0, ncu_csv.WRITTEN: 1.0, ncu_csv.TIME: 2.0})]
     (row,) = bench.rows_of(case, told, 3, {6: launches, 7: launches * 2}, kernel, known)
     assert row["direction"] == "forward and backward"
     assert (row["launches"], row["bytes"]) == (3, 15.0)
@@ -172,8 +129,8 @@ def test_work_of_the_backward_done_in_the_forward_is_judged_together():
 def test_a_case_that_fails_is_named_and_the_others_go_on(played):
     code, _, found, _ = played({"dies": 1})
     assert code == 1 and found["failed"] == {
-        "swiglu packed": "its process ended with 139", "swiglu": "it ran, but ncu wrote nothing of "
-        "it"}, "ncu writes at the end"
+        "swiglu packed": "forward: ended with exit code 139",
+        "swiglu": "it ran, but ncu wrote nothing of it"}, "ncu writes at the end"
     code, text, found, _ = played({"told": {"failed": "OutOfMemoryError: 80 GB"}})
     assert code == 1 and "failed: swiglu: OutOfMemoryError" in text and not found["results"]
     code, text, found, _ = played({"told": {"left_out": "no such op"}})
@@ -196,8 +153,8 @@ def test_counters_that_may_not_be_read(played):
 
 
 def test_a_metric_that_a_gpu_has_not_is_done_without(played):
-    code, _, found, starts = played({"says": "==ERROR== Failed to find metric " + bench.WARPS,
-                                     "until": bench.WARPS})
+    code, _, found, starts = played({"says": "==ERROR== Failed to find metric " + ncu_csv.WARPS,
+                                     "until": ncu_csv.WARPS})
     assert code == 0 and len(found["results"]) == 4
     assert [words[words.index("--metrics") + 1] for words in starts] == [
         ",".join(bench.METRICS), ",".join(bench.NEEDED)]
@@ -206,9 +163,9 @@ def test_a_metric_that_a_gpu_has_not_is_done_without(played):
 def test_the_calls_themselves_beside_the_fake(played, monkeypatch):
     """The process of calls is a real one here, in the interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    code, text, found, _ = played({"really": True})
+    code, text, found, _ = played({"really": True}, "--options", "")
     assert code == 0, text
-    assert [tuple(row["shape"].values()) for row in found["results"]] == 4 * [(5, 100)]
+    assert [tuple(row["shape"].values()) for row in found["results"]] == 2 * [(5, 100)]
 
 
 def test_without_ncu_or_a_gpu(monkeypatch, capsys):
@@ -222,7 +179,14 @@ def test_without_ncu_or_a_gpu(monkeypatch, capsys):
     assert "needs an NVIDIA GPU" in said and said.count("\n") == 1
 
 
-def test_a_dry_run_makes_the_calls(capsys):
+def test_a_dry_run_makes_the_calls(monkeypatch, capsys):
+    """Here in this process: another would spend its time on importing torch."""
+    def follow(heard, script, told, limit, folder, before, env):
+        assert before == [] and env == bench.INTERPRETED
+        monkeypatch.setattr(bench, "say", lambda **what: heard.said(what))
+        return bench.calls(told | {"limit": limit})
+
+    monkeypatch.setattr(bench.Profile, "follow", follow)
     assert bench.main(["--dry-run", "--kernel", "dropout", "grad_norm", "--options", ""]) == 0
     assert "3 rows of 2 cases" in capsys.readouterr().out
 
