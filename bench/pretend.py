@@ -68,9 +68,18 @@ def is_gpu(device: Any) -> bool:
 
 
 def tagged(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        return False
     with torch._C.DisableTorchFunction(), contextlib.suppress(RuntimeError, NotImplementedError):
-        return isinstance(leaf, Tensor) and "on_gpu" in vars(leaf.untyped_storage())
+        return "on_gpu" in vars(bare(leaf).untyped_storage())
     return False  # it has no storage
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """What vmap and its like have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def tag(tree: Any) -> Any:
@@ -80,7 +89,7 @@ def tag(tree: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.device == CPU:
                 with contextlib.suppress(RuntimeError, NotImplementedError):
                     # Python's object of a storage lives as long as the storage itself.
-                    leaf.untyped_storage().on_gpu = True
+                    bare(leaf).untyped_storage().on_gpu = True
     return tree
 
 
@@ -361,7 +370,7 @@ def cuda_functions() -> dict[str, Any]:
               "current_stream": Ready(), "default_stream": Ready()}
     values |= dict.fromkeys(("init", "_lazy_init", "synchronize", "reset_peak_memory_stats", "seed",
                              "empty_cache", "manual_seed", "manual_seed_all", "set_device",
-                             "set_rng_state"))
+                             "set_rng_state", "_sleep"))
     # A function each: Dynamo knows them by what they are.
     found = {name: lambda *args, value=value, **kwargs: value for name, value in values.items()}
     found |= {name: type(name, (Ready,), {}) for name in (
