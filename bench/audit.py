@@ -8,8 +8,8 @@ then specialises as at a real launch (divisibility, ones, warps, stages) and com
 the machine code: registers, stack, spills, shared memory, tensor-core instructions, widths of
 global accesses, asynchronous copies, float64, and the occupancy that registers, shared memory and
 warps leave. The gate: no spills, no stack, no float64; tensor-core instructions where there is a
-product of 16-bit numbers; accesses of 128 bits where tiles of 16-bit rows are loaded and stored, or
-an entry of `narrow_access` that says why not.
+product of 16-bit numbers, and on Hopper none that waits for itself; accesses of 128 bits where
+tiles of 16-bit rows are loaded and stored, or an entry of `narrow_access` that says why not.
 
 The golden file is bench/results/audit/triton-VERSION.json, in which kernels and architectures that
 were not compiled keep theirs. --check writes nothing and fails where a launch is worse than the
@@ -17,6 +17,7 @@ file says, or is not in it.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -144,6 +145,18 @@ def width(access: str) -> int:
     return 16 if "U16" in parts or "S16" in parts else 32
 
 
+def serialized(code: str) -> int:
+    """Products of Hopper's that wait for themselves before the next onto the same sum begins.
+
+    ptxas puts them into a row where it cannot prove that nobody touches a sum meanwhile, and the
+    tensor cores then idle between them. A chain in order waits at its last product alone (gsb0).
+    """
+    found = list(re.finditer(r"\bHGMMA\.\S+ (R\d+),(.*?);", code))
+    return sum(one[1] == after[1] and "gsb0" in one[2]
+               and not re.search(r"\b(?:MUFU|F2FP|FFMA|FMUL|BRA)\b", code[one.end():after.start()])
+               for one, after in itertools.pairwise(found))
+
+
 def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     """The share of a multiprocessor's warps that can be resident at once."""
     by_registers = REGISTERS // (warps * 32 * -(-registers // 8) * 8)
@@ -195,7 +208,8 @@ def facts_of(compiled: CompiledKernel, arch: int) -> dict[str, Any]:
             "spills": count(r"\b(?:LDL|STL)\b"), "shared": metadata.shared,
             "occupancy": occupancy(arch, registers, metadata.shared, metadata.num_warps),
             "tensor_core": count(TENSOR_CORE),
-            "native": count(NATIVE[arch]) if arch in NATIVE else 0, "float64": count(FLOAT64),
+            "native": count(NATIVE[arch]) if arch in NATIVE else 0,
+            "serialized": serialized(code), "float64": count(FLOAT64),
             "loads": widths(r"\bLDG(?:STS)?\.E\S*"), "stores": widths(r"\bSTG\.E\S*"),
             "async_copies": count(r"\bLDGSTS\b"), "tma": count(r"\bUTMA(?:LDG|STG|REDG)\b"),
             "dots": len(re.findall(r"tt\.dot .*(?:xb?f16>|xf8|xi8>|= tf32)", ttir)),
@@ -223,7 +237,7 @@ def audit(kernel_name: str, contender: str, arch: int) -> dict[str, dict[str, An
 
 def offences(facts: dict[str, Any], excused: bool) -> Iterator[str]:
     """What the gate refuses of one launch, whatever the golden file says."""
-    for name in ("spills", "stack", "float64"):
+    for name in ("spills", "stack", "serialized", "float64"):
         if facts[name]:
             yield f"{name} {facts[name]}, must be 0"
     if facts["dots"] and not facts["tensor_core"]:

@@ -267,8 +267,7 @@ def _launch(kernel: Any, own: Name, tensors: tuple[Tensor, ...], numbers: tuple[
     kernel[grid](*tensors, *descriptors, *reversed(numbers), *results, *parts, *where,
                  *strides(*tensors), *options.scores, options.scale,
                  GROUP=q.shape[-2] // k.shape[-2], DIM=q.shape[-1], OWN=tiles.own,
-                 OTHER=tiles.other, WIDTH=width, **options.flags(q, tma), num_warps=tiles.warps,
-                 num_stages=tiles.stages)
+                 OTHER=tiles.other, WIDTH=width, **options.flags(q, tma), **tiles.options())
 
 
 def _sink_gradient(sinks: Tensor | None, lse: Tensor, delta: Tensor) -> Tensor | None:

@@ -117,5 +117,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
         _forward_kernel[grid](
             q, k, v, *descriptors, out, lse, sinks, *where, *strides(q, k, v), *options.scores,
             GROUP=q.shape[-2] // k.shape[-2], DIM=q.shape[-1], OWN=tiles.own, OTHER=tiles.other,
-            WIDTH=width, **options.flags(q, tma), num_warps=tiles.warps, num_stages=tiles.stages)
+            WIDTH=width, **options.flags(q, tma), **tiles.options())
     return out, lse

@@ -1,8 +1,10 @@
 """Tile sizes of the attention kernels, by kernel, GPU architecture, head width and strain.
 
-The entries are the largest of those tried that compile without spills (bench/audit.py) on Triton
-3.6 and 3.9, but for two registers of packed keys of width 64 on sm_80 with 3.6. No time is behind
-them yet: `override` puts measured ones in their place.
+The entries are the largest of those tried that compile without spills and without products that
+wait for each other (bench/audit.py) on Triton 3.6 and 3.9, but for two registers of packed keys of
+width 64 on sm_80 with 3.6; where smaller ones let two programs share a multiprocessor of Hopper's
+without more reads, those, for the exponentials of one run beside the products of the other. No time
+is behind them yet: `override` puts measured ones in their place.
 """
 
 from dataclasses import dataclass, replace
@@ -27,6 +29,13 @@ class Tiles:
     warps: int
     stages: int
     """Blocks in flight between memory and the products."""
+    registers: int = 0
+    """The most that a thread may take, so that more programs share a multiprocessor; 0: any."""
+
+    def options(self) -> dict[str, int | None]:
+        """What a launch compiles with."""
+        return {"num_warps": self.warps, "num_stages": self.stages,
+                "maxnreg": self.registers or None}
 
 
 # (kernel, architecture, widest head, strain). Strain is what a call asks of registers beside the
@@ -36,7 +45,7 @@ TABLE: dict[Key, Tiles] = {
     ("forward", 80, 64, 0): Tiles(128, 64, 4, 3),
     ("forward", 80, 128, 0): Tiles(128, 64, 8, 3),
     ("forward", 80, 256, 0): Tiles(64, 64, 8, 2),
-    ("forward", 90, 64, 0): Tiles(128, 128, 8, 3),
+    ("forward", 90, 64, 0): Tiles(128, 64, 4, 3),
     ("forward", 90, 128, 0): Tiles(128, 128, 8, 2),
     ("forward", 90, 256, 0): Tiles(128, 64, 8, 2),
     ("forward", 100, 64, 0): Tiles(128, 128, 8, 2),
@@ -58,7 +67,7 @@ TABLE: dict[Key, Tiles] = {
     ("keys", 80, 256, 0): Tiles(64, 16, 8, 2),
     ("keys", 90, 64, 0): Tiles(128, 64, 8, 3),
     ("keys", 90, 128, 0): Tiles(128, 64, 8, 2),
-    ("keys", 90, 128, 2): Tiles(128, 32, 8, 2),
+    ("keys", 90, 128, 2): Tiles(64, 64, 8, 2),
     ("keys", 90, 256, 0): Tiles(64, 32, 8, 2),
     ("keys", 90, 256, 1): Tiles(32, 32, 8, 1),
     ("keys", 100, 64, 0): Tiles(128, 64, 8, 3),
@@ -101,5 +110,5 @@ def tiles_of(kernel: Name, x: Tensor, strain: int, own: int) -> Tiles:
         found = Tiles(max(16, found.own // 4), max(16, found.other // 4), 4, 1)
     if own < found.own:
         rows = max(16, next_power_of_2(own))
-        found = replace(found, own=rows, warps=min(found.warps, 4))
+        found = replace(found, own=rows, warps=min(found.warps, 4), registers=0)
     return found

@@ -25,16 +25,21 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.co
 
 
 @jit
-def _finish(total, row, column, t, b, bias, t_row, b_column, b_rank, rank, alpha, rows, columns,
-            RANK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """total + alpha t @ b + bias for the given rows and columns."""
+def _begin(row, column, t, b, bias, t_row, b_column, b_rank, rank, alpha, rows, columns,
+           RANK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+           COLUMNS: tl.constexpr):
+    """alpha t @ b + bias for the given rows and columns, which the products then add to.
+
+    After them it would make ptxas put every product in a row (bench/audit.py, "serialized").
+    """
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if RANK:
         lane = tl.arange(0, RANK)
         left = tl.load(t + row[:, None] * t_row + lane[None, :],
                        mask=(row < rows)[:, None] & (lane < rank)[None, :], other=0.0)
         right = tl.load(b + lane[:, None] * b_rank + column[None, :] * b_column,
                         mask=(lane < rank)[:, None] & (column < columns)[None, :], other=0.0)
-        total += alpha * tl.dot(left, right, input_precision=PRECISION)
+        total = alpha * tl.dot(left, right, input_precision=PRECISION)
     if BIAS:
         total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     return total
@@ -54,7 +59,8 @@ def _product_kernel(x, w, absmax, t, b, bias, out, rows, columns, inner, x_row, 
     down, across = _tile(rows, columns, ROWS, COLUMNS, GROUP)
     row = down * ROWS + tl.arange(0, ROWS)
     column = across * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    total = _begin(row, column, t, b, bias, t_row, b_column, b_rank, rank, alpha, rows, columns,
+                   RANK, BIAS, PRECISION, ROWS, COLUMNS)
     for start in range(0, inner, INNER):
         k = start + tl.arange(0, INNER)
         left = tl.load(x + row[:, None] * x_row + k[None, :],
@@ -71,8 +77,6 @@ def _product_kernel(x, w, absmax, t, b, bias, out, rows, columns, inner, x_row, 
                                 mask=k < inner, other=0.0)[:, None]
             right = (right.to(tl.float32) * (scale * (1.0 / 127.0))).to(left.dtype)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-    total = _finish(total, row, column, t, b, bias, t_row, b_column, b_rank, rank, alpha, rows,
-                    columns, RANK, BIAS, PRECISION)
     tl.store(out + row[:, None] * columns + column[None, :], total.to(out.dtype.element_ty),
              mask=(row < rows)[:, None] & (column < columns)[None, :])
 

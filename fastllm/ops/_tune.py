@@ -27,8 +27,12 @@ from fastllm.kernels.attention import attention
 from fastllm.ops import _memory
 from fastllm.ops._timing import fastest, line, measure
 
-GRID = tuple(Tiles(own, other, warps, stages) for own in (64, 128) for other in (32, 64, 128)
-             for warps in (4, 8) for stages in (1, 2, 3, 4))
+# Without those whose scores take more than 64 registers of a thread, which spill, and those that
+# give a warp fewer than 16 rows, whose products wait for each other (bench/audit.py).
+GRID = tuple(Tiles(own, other, warps, stages, registers)
+             for own in (64, 128) for other in (32, 64, 128) for warps in (4, 8)
+             if own * other <= 64 * 32 * warps and own >= 16 * warps
+             for stages in (1, 2, 3, 4) for registers in ((0, 128) if warps == 8 else (0,)))
 SHAPE = (2, 4096, 2, 4)
 """Batch, tokens, key heads, query heads of each."""
 SHIPPED = "table"
@@ -62,7 +66,8 @@ class Tuned:
 
 
 def name_of(tiles: Tiles) -> str:
-    return f"{tiles.own}x{tiles.other} {tiles.warps} warps {tiles.stages} stages"
+    capped = f" {tiles.registers} registers" if tiles.registers else ""
+    return f"{tiles.own}x{tiles.other} {tiles.warps} warps {tiles.stages} stages{capped}"
 
 
 def tune(kernel: Name, width: int, strain: int, device: torch.device | str, *,

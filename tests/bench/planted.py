@@ -40,12 +40,29 @@ def product(a, b, c, N: tl.constexpr):
     tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(tl.bfloat16))
 
 
+@jit
+def serialized(a, b, c, steps, N: tl.constexpr, INNER: tl.constexpr):
+    """A second product is added to the sum of a loop of them, in more registers than there are:
+    Hopper's then wait for each other."""
+    row, inner = tl.arange(0, N), tl.arange(0, INNER)
+    total = tl.zeros((N, N), tl.float32)
+    for step in range(steps):
+        k = step * INNER + inner
+        total = tl.dot(tl.load(a + row[:, None] * 256 + k[None, :]),
+                       tl.load(b + k[:, None] + row[None, :] * 256), total)
+    left = tl.load(a + row[:, None] * 16 + tl.arange(0, 16)[None, :])
+    right = tl.load(b + tl.arange(0, 16)[:, None] * N + row[None, :])
+    total += 0.5 * tl.dot(left, right)
+    tl.store(c + row[:, None] * N + row[None, :], total.to(tl.bfloat16))
+
+
 x = torch.zeros(1 << 16, dtype=torch.bfloat16)
 LAUNCHES = {
     "clean": (clean, (x, x, 4096), {"BLOCK": 1024, "num_warps": 4}),
     "float64": (float64, (x, x, 4096), {"BLOCK": 1024, "num_warps": 4}),
     "spills": (spills, (x, x, 16384), {"BLOCK": 16384, "num_warps": 1}),
     "narrow": (clean, (x[1:], x[1:], 4095), {"BLOCK": 1024, "num_warps": 4}),
+    "serialized": (serialized, (x, x, x, 4), {"N": 128, "INNER": 64, "num_warps": 4}),
     "product": (product, (x, x, x), {"N": 64, "num_warps": 4}),
 }
 

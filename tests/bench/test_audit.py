@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {"warps": 8, "registers": 40, "stack": 0, "spills": 0, "shared": 0, "occupancy": 0.75,
-         "tensor_core": 4, "native": 4, "float64": 0, "loads": {"128": 2}, "stores": {"128": 1},
-         "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True, "row_stores": True}
+         "tensor_core": 4, "native": 4, "serialized": 0, "float64": 0, "loads": {"128": 2},
+         "stores": {"128": 1}, "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True, "row_stores": True}
 
 
 def compiling(cache, script, *arguments):
@@ -46,12 +46,14 @@ def test_what_is_planted_is_found(planted, arch):
     assert bool(planted["product"][arch]["native"]) == (arch == "90")
     assert any(line.startswith("float64") for line in says["float64"])
     assert {line.split()[0] for line in says["spills"]} == {"spills", "stack"}
+    assert any(line.startswith("serialized") for line in says["serialized"]) == (arch == "90")
     assert [line.split()[0] for line in says["narrow"]] == ["loads", "stores"]
     assert not list(audit.offences(planted["narrow"][arch], True)), "excused"
 
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"spills": 2}, "spills 2"), ({"stack": 8}, "stack 8"), ({"float64": 1}, "float64 1"),
+    ({"serialized": 3}, "serialized 3"),
     ({"tensor_core": 0}, "no tensor-core"), ({"loads": {"64": 3}}, "64 bits at a time"),
     ({"stores": {"16": 3}}, "stores 16-bit rows 16 bits")])
 def test_each_rule_of_the_gate(change, says):
