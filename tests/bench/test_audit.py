@@ -16,7 +16,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 CLEAN = {"warps": 8, "registers": 40, "stack": 0, "spills": 0, "shared": 0, "occupancy": 0.75,
          "tensor_core": 4, "native": 4, "serialized": 0, "float64": 0, "loads": {"128": 2},
-         "stores": {"128": 1}, "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True, "row_stores": True}
+         "stores": {"128": 1}, "async_copies": 1, "tma": 0, "dots": 1, "row_loads": True,
+         "row_stores": True}
 
 
 def compiling(cache, script, *arguments):
