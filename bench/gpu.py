@@ -74,6 +74,8 @@ class Part:
 
 
 def build(run: Run, seconds: float) -> list[str]:
+    if run.dry:  # in place, it would take that of another Python's torch away
+        return ["echo", "a dry run leaves the extension as it is"]
     return [sys.executable, str(ROOT / "setup.py"), "build_ext", "--inplace"]
 
 
@@ -117,7 +119,7 @@ def tune(run: Run, seconds: float) -> list[str]:
 TUNE = (sys.executable, str(ROOT / "bench" / "tune.py"), "--width", "128", "64")
 ATTENTION = ("--kernel", "attention", "--attention")
 PARTS = {
-    "build": Part(1, build),
+    "build": Part(3, build),
     "tests": Part(5, tests),
     "sanitizer": Part(4, sanitizer),
     "kernels": Part(6, timing("kernels"), compiling()),
@@ -152,7 +154,8 @@ def begin(command: list[str], stdout: Any) -> subprocess.Popen:
     """A command in a session of its own, so that it can be stopped with all that it started."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
                                 "PYTHONPATH": os.pathsep.join(filter(None, (
-                                    str(ROOT / "bench"), os.environ.get("PYTHONPATH"))))}
+                                    str(ROOT), str(ROOT / "bench"),  # it may not be installed
+                                    os.environ.get("PYTHONPATH"))))}
     return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=environment)
 

@@ -289,6 +289,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Win
     module = _torch_attention("varlen", others)
     if q.dtype not in _contenders.HALVES:
         raise Lacks("it takes bfloat16 and float16")
+    grouped = {"enable_gqa": True} if q.shape[-2] != k.shape[-2] else {}
+    if grouped and "enable_gqa" not in inspect.signature(module.varlen_attn).parameters:
+        raise Lacks(f"that of torch {torch.__version__} has no grouped queries")
     given = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     bounds = [torch.arange(x.shape[0] + 1, device=x.device, dtype=torch.int32) * x.shape[1]
               if ends is None else ends for x, ends in zip((q, k), given, strict=True)]
@@ -301,7 +304,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: Win
         queries, keys, values = (x.reshape(-1, *x.shape[-2:])[:n] for x, n in (
             (q, of_query), (k, of_key), (v, of_key)))
         out = module.varlen_attn(queries, keys, values, *bounds, *lengths, scale=scale,
-                                 window_size=near, enable_gqa=q.shape[-2] != k.shape[-2])
+                                 window_size=near, **grouped)
         missing = q.numel() // q.shape[-2] // q.shape[-1] - of_query
         if missing:
             out = torch.nn.functional.pad(out, (0, 0, 0, 0, 0, missing))

@@ -25,7 +25,8 @@ MATH = peers.contender(Contender("math", functools.partial(sdpa, SDPBackend.MATH
                                  functools.partial(sdpa_lacks, SDPBackend.MATH)))
 
 
-def by_definition(q, k, v, q_bounds, k_bounds, max_q, max_k, *, scale, window_size, enable_gqa):
+def by_definition(q, k, v, q_bounds, k_bounds, max_q, max_k, *, scale, window_size,
+                  enable_gqa=False):
     """varlen_attn in plain torch; garbage where it is told lengths that are not true."""
     for bounds, longest, x in ((q_bounds, max_q, q), (k_bounds, max_k, k)):
         assert longest == bounds.diff().max() and bounds[-1] == len(x)
@@ -102,3 +103,17 @@ def test_whoever_asks_for_the_longest_sequence_is_told():
     with pytest.raises(peers.Lacks):
         peers.contender(Contender("toy", lacks, lacks))(*call.args, **call.kwargs)
     assert told["max_seqlen_q"] == told["max_seqlen_k"] == call.kwargs["cu_seqlens_q"].diff().max()
+
+
+def test_varlen_of_before_grouped_queries_says_so(monkeypatch):
+    """torch 2.11 has it without them."""
+    def ungrouped(q, k, v, q_bounds, k_bounds, max_q, max_k, *, scale, window_size):
+        return by_definition(q, k, v, q_bounds, k_bounds, max_q, max_k, scale=scale,
+                             window_size=window_size)
+
+    monkeypatch.setattr(peers, "_torch_attention",
+                        lambda name, options: types.SimpleNamespace(varlen_attn=ungrouped))
+    q, k = (torch.randn(1, 8, heads, 16, dtype=torch.bfloat16) for heads in (4, 2))
+    with pytest.raises(peers.Lacks, match="has no grouped queries"):
+        peers.varlen(q, k, k)
+    assert peers.varlen(k, k, k)().shape == k.shape
