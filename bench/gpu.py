@@ -104,7 +104,7 @@ def timing(name: str, *arguments: str) -> Callable[[Run, float], list[str]]:
 
 def compiling(*arguments: str) -> Callable[[Run], list[str]]:
     return lambda run: run.python("kernels.py", *arguments, "--compile",
-                                  str(max(1, run.cores // 3)))
+                                  str(max(1, run.cores // 4)))
 
 
 def counters(run: Run, seconds: float) -> list[str]:

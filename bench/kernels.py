@@ -360,7 +360,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     todo = cases(options)
     if options.share:
-        torch.cuda.set_per_process_memory_fraction(0.7 / options.compile)
+        torch.cuda.set_per_process_memory_fraction(0.4 / options.compile)
         compile_cases(record.shared(todo, options.share), options.contender)
         return 0
     if options.compile:

@@ -3,14 +3,17 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import kernel_check as kc
 import pytest
 import torch
 
-spec = importlib.util.spec_from_file_location(
-    "bench_kernels", Path(__file__).parents[2] / "bench" / "kernels.py")
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("bench_kernels", ROOT / "bench" / "kernels.py")
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 BY_NAME = {kernel.name: kernel for kernel in kc.KERNELS}
@@ -128,3 +131,24 @@ def test_without_a_gpu_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["kernels.py"])
     assert bench.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_dry_run_goes_all_the_way(tmp_path):
+    """On the pretended GPU: measuring, comparing, writing, and going on with what is not there."""
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, str(ROOT / "bench" / "kernels.py"), "--dry-run", "--out", str(out),
+               "--kernel", "swiglu", "--options", "", "--contender", "ours", "torch eager",
+               "--seconds", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = json.loads(out.read_text())
+    assert written["machine"]["gpu"] == "pretended GPU" and written["dry_run"]
+    assert written["machine"]["commit"].keys() == {"hash", "modified"}
+    assert written["ceilings"].keys() == {"copy", "bfloat16", "float16", "float32"}
+    assert [(row["contender"], row["direction"]) for row in written["results"]] == [
+        (name, way) for name in ("ours", "torch eager") for way in ("forward", "backward", "both")]
+    for row in written["results"]:
+        assert len(row["samples_milliseconds"]) >= 5 and row["host_milliseconds"] > 0
+        assert row["contender"] == "ours" or 0 <= row["difference"] < 0.05
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and json.loads(out.read_text())["results"] == written["results"]
