@@ -60,7 +60,8 @@ real: $(STAMP)
 # GPU, each part as far as a CPU goes, into OUT.
 MINUTES ?= 9
 gpu:
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not ("$(DRY)" or torch.cuda.is_available()))' \
+		2> /dev/null; \
 	then python=$(PYTHON); else $(MAKE) --no-print-directory $(STAMP) && python=$(BIN)/python; fi && \
 	$$python bench/gpu.py --minutes $(MINUTES) $(if $(PART),--part $(PART)) \
 		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry-run)
