@@ -51,8 +51,8 @@ STRICT = {"cat", "concat", "concatenate", "stack", "equal", "allclose", "__set__
 WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal",
          "masked_select", "unique", "cpu"}
 FROM_HOST = {"tensor", "as_tensor", "asarray"}
-# Tests of what is not pretended: no interpreter, code made by torch.compile, fake tensors.
-LEFT_OUT = {"test_it_is_on_where_there_is_no_gpu",
+# Tests of what is not pretended: no interpreter, torch.compile, fake tensors, other processes.
+LEFT_OUT = {"test_it_is_on_where_there_is_no_gpu", "test_a_new_process_takes_what_was_chosen",
             "test_sizes_that_are_symbols_take_what_is_remembered_or_ours",
             "test_nothing_is_timed_under_fake_tensors_or_another_mode",
             "test_compiled_calls_take_what_is_remembered_or_ours",
