@@ -40,6 +40,8 @@ AGAIN = 5
 """How often a benchmark whose CUDA context was lost goes on after the case that did it."""
 COMPILING = 0.5
 """The share of a benchmark's time that it may wait for what is being compiled."""
+LAST_TEST = 20
+"""Seconds before a part's end at which no test is begun any more."""
 DRY = ("rms_norm", "adamw")
 
 
@@ -80,10 +82,12 @@ def build(run: Run, seconds: float) -> list[str]:
 
 
 def tests(run: Run, seconds: float) -> list[str]:
+    # Most of the time is the compiler's. A test that hangs is stopped with the part.
     workers = ["-n", str(max(1, run.cores // 2)), "--dist", "worksteal"]
     some = ["-p", "pretend", "-k", "rms_norm", "tests/kernels/test_norms.py"] if run.dry else []
-    # -P: the checkout's own folder on the path would make kernels/ a top-level package.
+    # -P: the checkout's own folder first on the path would shadow what is installed.
     return [sys.executable, "-P", "-m", "pytest", "-m", "gpu and not battery", *some,
+            "-p", "deadline", "--deadline", f"{max(0, seconds - LAST_TEST):.0f}", "-rfE",
             "--durations", "15", *(workers if importlib.util.find_spec("xdist") else [])]
 
 

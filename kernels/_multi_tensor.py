@@ -319,8 +319,12 @@ def plan(counts: Sequence[int], rows: Sequence[Sequence[int]], device: torch.dev
 
     counts: elements of each tensor, none empty; a program takes `chunk` of one. The table, int64
     (2 + rows, tensors), holds the counts, the tensor's first program, and then `rows`: addresses
-    (`pointer` numbers them from 0) and what else a program needs to know of its tensor.
+    (`pointer` numbers them from 0) and what else a program needs to know of its tensor. Raises
+    RuntimeError while a CUDA graph is captured: a replay would copy the host's memory of then anew.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("lists of tensors are found by a table of addresses that the host "
+                           "writes, which a CUDA graph cannot hold: leave this call out of it")
     programs = [cdiv(count, chunk) for count in counts]
     firsts, owner = [0], []
     for tensor, share in enumerate(programs):
