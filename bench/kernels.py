@@ -327,21 +327,26 @@ def runner(options: argparse.Namespace,
 def go(options: argparse.Namespace, todo: list[Case], out: Path) -> int:
     """Every case that the file has not, the file written after each; the exit code."""
     began = time.monotonic()
-    rows = kept(out) if options.resume else []
+    try:
+        rows = kept(out) if options.resume else []
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     done = {title(row) for row in rows}
     about: dict[str, Any] = {"machine": machine(), "command": ["bench/kernels.py", *sys.argv[1:]],
                              "dry_run": options.dry_run, "missing": missing()}
     run = runner(options, about)
     todo = [case for case in todo if title(facts(case)) not in done]
-    for number, case in enumerate(todo):
+    about["not_reached"] = [" ".join(title(facts(case)).split()) for case in todo]
+    for case in todo:
         if options.limit and time.monotonic() - began > options.limit:
-            about["not_reached"] = [title(facts(case)).strip() for case in todo[number:]]
-            print(f"not reached in {options.limit:.0f} s: {len(todo) - number} cases")
+            print(f"not reached in {options.limit:.0f} s: {len(about['not_reached'])} cases")
             break
         made = run(case)
         if not options.repeat_check:
             table(made)
         rows += made
+        del about["not_reached"][0]
         record.write(out, about, rows)
         if lost():
             print(f"{title(facts(case))} took the CUDA context along; --resume goes on after it")

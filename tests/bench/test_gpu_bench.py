@@ -150,5 +150,10 @@ def test_a_dry_run_goes_all_the_way(tmp_path):
     for row in written["results"]:
         assert len(row["samples_milliseconds"]) >= 5 and row["host_milliseconds"] > 0
         assert row["contender"] == "ours" or 0 <= row["difference"] < 0.05
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and json.loads(out.read_text())["results"] == written["results"]
+    assert written["not_reached"] == []
+    again = subprocess.run([*command, "--resume", "--kernel", "swiglu", "geglu", "--limit", "-1"],
+                           capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    later = json.loads(out.read_text())
+    assert later["results"] == written["results"]
+    assert len(later["not_reached"]) == 1 and later["not_reached"][0].startswith("geglu ")
