@@ -29,7 +29,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +46,7 @@ if __name__ == "__main__" and "--dry-run" in sys.argv:  # before Triton is impor
 
 import record  # noqa: E402
 from gpu_clock import Clock, rates, timed  # noqa: E402
+from halves import shape_of  # noqa: E402
 from peers import PEERS, Forward, Lacks, prepare, results  # noqa: E402
 from record import machine  # noqa: E402
 
@@ -227,18 +227,13 @@ def cases(options: argparse.Namespace) -> list[Case]:
             continue
         pairs = SWEEPS.get(kernel.name, []) if options.attention else itertools.product(
             reversed(kernel.bench_shapes), ("", *kernel.bench_options))
-        found += [(place, (kernel, small(kernel) if options.dry_run else shape, dtype, option))
+        found += [(place, (kernel, shape_of(kernel) if options.dry_run else shape, dtype, option))
                   for place, (shape, option) in enumerate(pairs) for dtype in options.dtype
                   if options.options is None or option in options.options]
     if not options.attention:
         found.sort(key=lambda one: (bool(one[1][3]), one[0]))
     # A dry run meets the same small shape more than once.
     return list({title(facts(case)): case for _, case in found}.values())
-
-
-def small(kernel: Kernel) -> Shape:
-    """The smallest test shape of those with more than one element in the most directions."""
-    return min(kernel.test_shapes, key=lambda shape: (shape.count(1), math.prod(shape)))
 
 
 def missing() -> dict[str, str]:
