@@ -39,7 +39,18 @@ import record  # noqa: E402
 from halves import halves, shape_of  # noqa: E402
 from ncu_csv import METRICS, NEEDED, Launch, attributed, parse, summed  # noqa: E402
 from peers import prepare  # noqa: E402
-from under_tool import END, INTERPRETED, START, Heard, find, say, short, version  # noqa: E402
+from under_tool import (  # noqa: E402
+    END,
+    INTERPRETED,
+    START,
+    Heard,
+    chosen,
+    find,
+    parser,
+    say,
+    short,
+    version,
+)
 
 from fastllm.kernels._spec import Kernel, kernels  # noqa: E402
 from fastllm.kernels._triton import jit, tl  # noqa: E402
@@ -311,16 +322,10 @@ def report(cases: list[Case], heard: Profile,
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", nargs="*", metavar="NAME", help="only these",
-                        choices=[kernel.name for kernel in kernels()])
-    parser.add_argument("--options", nargs="*", help='only these; "" is the plain call')
-    parser.add_argument("--limit", type=float, default=540, help="seconds for all of it")
-    parser.add_argument("--peer", action="store_true", help="Liger's ops too")
-    parser.add_argument("--out", type=Path, help="JSON file (default: under bench/results/)")
-    parser.add_argument("--dry-run", action="store_true", help="in the interpreter, without ncu")
-    parser.add_argument("--calls", type=Path, help=argparse.SUPPRESS)  # a process started here
-    return parser.parse_args(given)
+    found = parser(__doc__, "in the interpreter, without ncu")
+    found.add_argument("--options", nargs="*", help='only these; "" is the plain call')
+    found.add_argument("--peer", action="store_true", help="Liger's ops too")
+    return found.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -328,8 +333,8 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     if options.calls:
         return calls(json.loads(options.calls.read_text()))
-    cases = plan([k for k in kernels() if not options.kernel or k.name in options.kernel],
-                 options.options, ["ours", *(["liger"] if options.peer else [])])
+    cases = plan(chosen(options), options.options,
+                 ["ours", *(["liger"] if options.peer else [])])
     binary, dry = None, options.dry_run
     if not dry:
         binary = find("ncu", "/usr/local/cuda/bin",

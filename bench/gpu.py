@@ -18,10 +18,8 @@ few kernels; its figures mean nothing.
 import argparse
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import record  # noqa: E402
+from under_tool import stop, watch  # noqa: E402
 
 GRACE, STOPPED, LOST = 10, 124, 3
 AGAIN = 5
@@ -136,37 +135,23 @@ PARTS = {
 }
 
 
-def execute(command: list[str], log: TextIO, seconds: float, quiet: bool = False) -> int:
+def environment() -> dict[str, str]:
+    """What every command is given beside the environment."""
+    return {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (
+                str(ROOT), str(ROOT / "bench"),  # it may not be installed
+                os.environ.get("PYTHONPATH"))))}
+
+
+def execute(command: list[str], log: TextIO, seconds: float) -> int:
     """The exit code, STOPPED after so many seconds; what it prints is shown and logged."""
-    process = begin(command, subprocess.PIPE)
-    timer = threading.Timer(seconds + GRACE, stop, [process])
-    timer.start()
-    began = time.monotonic()
-    assert process.stdout
-    for line in process.stdout:
+    def feed(line: str) -> None:
         log.write(line)
         log.flush()
-        if not quiet:
-            print(line, end="", flush=True)
-    code = process.wait()
-    timer.cancel()
-    overran = code < 0 and time.monotonic() - began >= seconds + GRACE
-    return STOPPED if overran else code
+        print(line, end="", flush=True)
 
-
-def begin(command: list[str], stdout: Any) -> subprocess.Popen:
-    """A command in a session of its own, so that it can be stopped with all that it started."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
-                                "PYTHONPATH": os.pathsep.join(filter(None, (
-                                    str(ROOT), str(ROOT / "bench"),  # it may not be installed
-                                    os.environ.get("PYTHONPATH"))))}
-    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, env=environment)
-
-
-def stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    code = watch(command, environment(), seconds, feed, GRACE)
+    return STOPPED if code is None else code
 
 
 def perform(name: str, part: Part, run: Run, log: TextIO, seconds: float) -> dict[str, Any]:
@@ -194,7 +179,7 @@ def wait_for(compilers: dict[str, subprocess.Popen], name: str, seconds: float) 
         code = process.wait(seconds)
         return "compiled beforehand" if code == 0 else f"its compiler ended with {code}"
     except subprocess.TimeoutExpired:
-        stop(process)
+        stop(process.pid)
         return "not all of it was compiled beforehand"
 
 
@@ -202,8 +187,10 @@ def run_parts(names: list[str], run: Run) -> list[dict[str, Any]]:
     """Every part in turn, each with its share of the time that is left."""
     began, found = time.monotonic(), []
     with (run.out / "gpu.log").open("w") as log, (run.out / "compile.log").open("w") as aside:
-        compilers = {name: begin(part.compiles(run), aside) for name, part in PARTS.items()
-                     if name in names and part.compiles and not run.dry}
+        compilers = {
+            name: subprocess.Popen(part.compiles(run), cwd=ROOT, env=os.environ | environment(),
+                                   stdout=aside, stderr=subprocess.STDOUT)
+            for name, part in PARTS.items() if name in names and part.compiles and not run.dry}
         try:
             for place, name in enumerate(names):
                 left = 60 * run.minutes - (time.monotonic() - began)
@@ -218,7 +205,7 @@ def run_parts(names: list[str], run: Run) -> list[dict[str, Any]]:
                              | ({"compiling": note} if note else {}))
         finally:
             for process in compilers.values():
-                stop(process)
+                stop(process.pid)
     return found
 
 

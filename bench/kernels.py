@@ -25,7 +25,6 @@ exit code 2.
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -48,7 +47,6 @@ import record  # noqa: E402
 from gpu_clock import Clock, rates, timed  # noqa: E402
 from halves import shape_of  # noqa: E402
 from peers import PEERS, Forward, Lacks, prepare, results  # noqa: E402
-from record import machine  # noqa: E402
 
 from fastllm.kernels._spec import Call, Kernel, Shape, kernels  # noqa: E402
 
@@ -328,8 +326,9 @@ def go(options: argparse.Namespace, todo: list[Case], out: Path) -> int:
         print(error, file=sys.stderr)
         return 2
     done = {title(row) for row in rows}
-    about: dict[str, Any] = {"machine": machine(), "command": ["bench/kernels.py", *sys.argv[1:]],
-                             "dry_run": options.dry_run, "missing": missing()}
+    about: dict[str, Any] = {
+        "machine": record.machine(), "command": ["bench/kernels.py", *sys.argv[1:]],
+        "dry_run": options.dry_run, "missing": missing()}
     run = runner(options, about)
     todo = [case for case in todo if title(facts(case)) not in done]
     about["not_reached"] = [" ".join(title(facts(case)).split()) for case in todo]

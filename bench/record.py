@@ -28,21 +28,26 @@ SMI = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit measured and whether the tree was changed since (None: not known).
+    """`named` of this checkout."""
+    return named(environment(torch.device("cpu"))["commit"])
+
+
+def named(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The commit measured and whether the tree was changed since (None: not known), from what git
+    found, if anything.
 
     Raises ValueError where COMMIT is no commit's name.
     """
     told = os.environ.get("COMMIT", "")
     if told and not re.fullmatch(r"[0-9a-f]{40}", told):
         raise ValueError(f"COMMIT is {told!r}, not the 40 digits that `git rev-parse HEAD` prints")
-    found = environment(torch.device("cpu"))["commit"]
     return found or ({"hash": told, "modified": None} if told else None)
 
 
 def machine() -> dict[str, Any]:
     """GPU, driver, clocks as found, versions, commit."""
     facts = environment(torch.device("cuda", torch.cuda.current_device()))
-    facts["commit"] = commit()
+    facts["commit"] = named(facts["commit"])
     facts["packages"] |= {name: _version(name) for name in PACKAGES}
     return facts | {"gpu": torch.cuda.get_device_name(), "nvidia_smi": _smi()}
 

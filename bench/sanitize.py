@@ -42,7 +42,18 @@ import record  # noqa: E402
 from halves import halves, shape_of  # noqa: E402
 from planted_faults import CUDA, FAULTS, plant  # noqa: E402
 from sanitizer_report import Reader, grouped  # noqa: E402
-from under_tool import END, INTERPRETED, START, find, how_ended, say, short, version  # noqa: E402
+from under_tool import (  # noqa: E402
+    END,
+    INTERPRETED,
+    START,
+    chosen,
+    find,
+    how_ended,
+    parser,
+    say,
+    short,
+    version,
+)
 
 from fastllm.kernels._spec import Kernel, kernels  # noqa: E402
 
@@ -290,19 +301,13 @@ def lacking(row: dict[str, Any]) -> Iterator[str]:
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tool", nargs="*", choices=list(FAULTS),
-                        default=["memcheck", "racecheck"])
-    parser.add_argument("--kernel", nargs="*", metavar="NAME", help="only these",
-                        choices=[kernel.name for kernel in kernels()])
-    parser.add_argument("--limit", type=float, default=540, help="seconds for all of it")
-    parser.add_argument("--large", action="store_true", help="each kernel's largest test shape")
-    parser.add_argument("--compile", type=int, metavar="PROCESSES", default=os.cpu_count() or 1,
-                        help="for the calls without a tool; 0: none")
-    parser.add_argument("--out", type=Path, help="JSON file (default: under bench/results/)")
-    parser.add_argument("--dry-run", action="store_true", help="in the interpreter, no tool")
-    parser.add_argument("--calls", type=Path, help=argparse.SUPPRESS)  # a process started here
-    return parser.parse_args(given)
+    found = parser(__doc__, "in the interpreter, no tool")
+    found.add_argument("--tool", nargs="*", choices=list(FAULTS),
+                       default=["memcheck", "racecheck"])
+    found.add_argument("--large", action="store_true", help="each kernel's largest test shape")
+    found.add_argument("--compile", type=int, metavar="PROCESSES", default=os.cpu_count() or 1,
+                       help="for the calls without a tool; 0: none")
+    return found.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -310,8 +315,7 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     if options.calls:
         return calls(json.loads(options.calls.read_text()))
-    cases = plan([k for k in kernels() if not options.kernel or k.name in options.kernel],
-                 options.large)
+    cases = plan(chosen(options), options.large)
     until = began + options.limit - END
     binary = find("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
     if not options.dry_run and (binary is None or not torch.cuda.is_available()):

@@ -5,6 +5,7 @@ a JSON file which ones, says in lines of JSON which it begins and what became of
 from outside: what was under way when it ended is what it died of, and a new process goes on.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastllm.kernels._spec import Kernel, kernels
 
 ROOT = Path(__file__).parents[1]
 START = 15.0
@@ -102,10 +105,10 @@ def how_ended(code: int | None) -> str:
     return "killed, over its time" if code is None else f"ended with exit code {code}"
 
 
-def watch(words: list[str], env: dict[str, str], limit: float,
-          feed: Callable[[str], None]) -> int | None:
+def watch(words: list[str], env: dict[str, str], limit: float, feed: Callable[[str], None],
+          grace: float = GRACE) -> int | None:
     """Run a command and hand on each line of its output; its exit code, None where it was killed
-    for going GRACE over its limit."""
+    for going `grace` over its limit."""
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ | env, text=True, bufsize=1,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
     killed = threading.Event()
@@ -114,7 +117,7 @@ def watch(words: list[str], env: dict[str, str], limit: float,
         killed.set()
         stop(process.pid)
 
-    timer = threading.Timer(limit + GRACE, kill)
+    timer = threading.Timer(limit + grace, kill)
     timer.start()
     try:
         for line in process.stdout:
@@ -141,7 +144,24 @@ def stop(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-# The tool.
+# The script's command line, and the tool.
+
+def parser(doc: str, dry_run: str) -> argparse.ArgumentParser:
+    """The options that every script of a tool has."""
+    found = argparse.ArgumentParser(description=doc.splitlines()[0])
+    found.add_argument("--kernel", nargs="*", metavar="NAME", help="only these",
+                       choices=[kernel.name for kernel in kernels()])
+    found.add_argument("--limit", type=float, default=540, help="seconds for all of it")
+    found.add_argument("--out", type=Path, help="JSON file (default: under bench/results/)")
+    found.add_argument("--dry-run", action="store_true", help=dry_run)
+    found.add_argument("--calls", type=Path, help=argparse.SUPPRESS)  # a process started here
+    return found
+
+
+def chosen(options: argparse.Namespace) -> list[Kernel]:
+    """The kernels asked for."""
+    return [kernel for kernel in kernels() if not options.kernel or kernel.name in options.kernel]
+
 
 def find(name: str, *places: str) -> str | None:
     """A program of NVIDIA's on the PATH or in one of these folders."""
